@@ -1,0 +1,620 @@
+"""Llama, Qwen and Gemma in one hand-written transformer, whose feed-forward layers are explicit key-value memories.
+
+In reading order: configuration, blocks, the transformer, loading and saving, decoding. Shapes stand beside the lines that
+make them, in one alphabet:
+
+    B sequences   T tokens   S tokens seen so far   d model width   d_m memories   H heads   G key-value heads   D head width   V vocabulary
+"""
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from data import BadInput
+from infosteer import intervene, key_entropy
+
+# ---------------------------------------------------------------------------------------------------------- configuration
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": gelu_tanh}
+
+# model_type in config.json -> how the family differs from plain Llama. `defaults` are the keys that published files leave out.
+GEMMA = dict(
+    norm_offset=1.0,                   # RMSNorm multiplies by 1 + w
+    four_norms=True,                   # one before and one after each sublayer
+    scale_embeddings=True,             # by sqrt(d)
+)
+FAMILIES = {
+    "llama": dict(),
+    "qwen2": dict(qkv_bias=True),
+    "qwen3": dict(qk_norm=True, defaults=dict(head_dim=128)),
+    "gemma2": dict(**GEMMA, defaults=dict(
+        tie_word_embeddings=True, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, sliding_window_pattern=2,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
+    "gemma3_text": dict(**GEMMA, qk_norm=True, defaults=dict(
+        tie_word_embeddings=True, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, sliding_window_pattern=6,
+        rope_theta=1_000_000.0, rope_local_base_freq=10_000.0)),
+}
+LOCAL, GLOBAL = "sliding_attention", "full_attention"      # a layer sees the last `window` tokens, or all of them
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and traits of one model, resolved from its `config.json` by `from_dict`."""
+
+    vocab_size: int
+    d: int                             # model width
+    d_m: int                           # memories per layer
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    act: str
+    tied: bool                         # the LM head is the embedding
+    layer_types: tuple[str, ...]       # LOCAL or GLOBAL, one per layer
+    window: int | None                 # tokens a LOCAL layer sees, itself included
+    rope: dict[str, dict]              # layer type -> rope_theta, rope_type, factor, ...
+    attn_scale: float
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    four_norms: bool = False
+    scale_embeddings: bool = False
+    eos_ids: tuple[int, ...] = ()
+    raw: dict = field(default_factory=dict, repr=False)    # config.json as it was read, to be written back
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str = "config.json") -> "Config":
+        """Read the keys of a `config.json`, classic or newer style. Raises BadInput naming the key that is missing or off."""
+        if raw.get("model_type") not in FAMILIES:
+            raise BadInput(f"{where}: model_type is {raw.get('model_type')!r}; known families are {', '.join(FAMILIES)}")
+        traits = dict(FAMILIES[raw["model_type"]])
+        get = {**traits.pop("defaults", {}), **{key: value for key, value in raw.items() if value is not None}}.get
+        # A null switches a soft cap off; for every other key it means "the default".
+        softcaps = [raw.get(key, get(key)) for key in ("attn_logit_softcapping", "final_logit_softcapping")]
+
+        def number(key, default=None, kind=int):
+            value = get(key, default)
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < float("inf"):
+                raise BadInput(f"{where}: {key} is {value!r}; a positive {'whole ' if kind is int else ''}number is needed")
+            return value
+
+        for key in ("attention_bias", "mlp_bias", "quantization_config", "use_bidirectional_attention"):
+            if raw.get(key):
+                raise BadInput(f"{where}: {key} is set, and this implementation has no such layer")
+        act = get("hidden_activation", get("hidden_act", "gelu_pytorch_tanh" if traits.get("four_norms") else "silu"))
+        if act not in ACTIVATIONS:
+            raise BadInput(f"{where}: the activation is {act!r}; known are {', '.join(ACTIVATIONS)}")
+
+        d, n_heads, n_layers = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")
+        n_kv_heads, head_dim = number("num_key_value_heads", n_heads), number("head_dim", max(1, d // n_heads))
+        if n_heads % n_kv_heads:
+            raise BadInput(f"{where}: num_attention_heads is {n_heads}, not a multiple of num_key_value_heads, {n_kv_heads}")
+        if head_dim % 2:
+            raise BadInput(f"{where}: head_dim is {head_dim}; rotary embeddings need an even number")
+        for key, cap in zip(("attn_logit_softcapping", "final_logit_softcapping"), softcaps):
+            if cap is not None:
+                number(key, kind=float)
+        layer_types = _layer_types(get, number, n_layers, where)
+        return cls(
+            vocab_size=number("vocab_size"), d=d, d_m=number("intermediate_size"), n_layers=n_layers, n_heads=n_heads,
+            n_kv_heads=n_kv_heads, head_dim=head_dim, norm_eps=number("rms_norm_eps", 1e-6, float), act=act,
+            tied=bool(get("tie_word_embeddings", False)), layer_types=layer_types,
+            window=number("sliding_window") if LOCAL in layer_types else None,
+            rope={kind: _rope(get, kind, where) for kind in sorted(set(layer_types))},
+            attn_scale=number("query_pre_attn_scalar", head_dim, float) ** -0.5,
+            attn_softcap=softcaps[0], final_softcap=softcaps[1], eos_ids=_ids(raw.get("eos_token_id"), where), raw=raw, **traits)
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "Config":
+        """Read `config.json` and, for further end-of-sequence ids, `generation_config.json`. Raises BadInput."""
+        path, generation = Path(folder, "config.json"), Path(folder, "generation_config.json")
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file; a model is a folder with config.json and safetensors files, as published")
+        config = cls.from_dict(_read_json(path), str(path))
+        if generation.is_file():
+            config = config.with_eos(*_ids(_read_json(generation).get("eos_token_id"), str(generation)))
+        return config
+
+    def with_eos(self, *ids: int) -> "Config":
+        """The same configuration, which also stops at these ids."""
+        eos = tuple(dict.fromkeys(self.eos_ids + ids))
+        return self if eos == self.eos_ids else replace(
+            self, eos_ids=eos, raw={**self.raw, "eos_token_id": eos[0] if len(eos) == 1 else list(eos)})
+
+
+def _layer_types(get, number, n_layers, where):
+    """LOCAL or GLOBAL for each layer: listed in newer files; a pattern (Gemma) or a first local layer (Qwen) in classic ones."""
+    types = get("layer_types")
+    if types is None and get("use_sliding_window"):
+        first = get("max_window_layers", n_layers)
+        types = [GLOBAL if i < first else LOCAL for i in range(n_layers)]
+    elif types is None and get("sliding_window_pattern"):
+        types = [GLOBAL if (i + 1) % number("sliding_window_pattern") == 0 else LOCAL for i in range(n_layers)]
+    elif types is None:
+        types = [GLOBAL] * n_layers
+    if not isinstance(types, list) or len(types) != n_layers or not {LOCAL, GLOBAL}.issuperset(map(str, types)):
+        raise BadInput(f"{where}: layer_types must list {LOCAL} or {GLOBAL} for each of the {n_layers} layers")
+    return tuple(types)
+
+
+def _rope(get, kind, where):
+    """The rotary settings of one layer type, from `rope_parameters` (one set, or one per layer type) or from the classic keys."""
+    rope = get("rope_parameters")
+    if rope is None:
+        local = kind == LOCAL and get("rope_local_base_freq")                  # Gemma 3: another base, never scaled
+        rope = {**({} if local else get("rope_scaling") or {}), "rope_theta": local or get("rope_theta", 10_000.0)}
+    rope = rope.get(kind, rope) if isinstance(rope, dict) else {}
+    rope = {"original_max_position_embeddings": get("max_position_embeddings"), "rope_type": rope.get("type", "default"), **rope}
+    needed = {"default": (), "linear": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if rope["rope_type"] not in needed:
+        raise BadInput(f"{where}: rotary scaling {rope['rope_type']!r} is not implemented; known are {', '.join(needed)}")
+    for key in ("rope_theta", *needed[rope["rope_type"]]):
+        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < float("inf"):
+            raise BadInput(f"{where}: {key} of the rotary embedding is {rope.get(key)!r}; a positive number is needed")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise BadInput(f"{where}: partial_rotary_factor is set, and this implementation has no such layer")
+    return rope
+
+
+def _ids(value, where):
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise BadInput(f"{where}: eos_token_id is {value!r}; a token id or a list of them is needed")
+    return tuple(ids)
+
+
+def _read_json(path):
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: a JSON object is needed, not a {type(value).__name__}")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------- blocks
+# Weights come from a file or from `Transformer.initialise`, so no layer draws its own: building a model costs nothing.
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        pass
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (offset + w), computed in fp32. `offset` is 1 in Gemma."""
+
+    def __init__(self, d, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d))
+        self.offset, self.eps = config.norm_offset, config.norm_eps
+
+    def forward(self, x):                                                      # [..., d]
+        return F.rms_norm(x.float(), self.weight.shape, self.offset + self.weight.float(), self.eps).to(x.dtype)
+
+
+class KeyValueMemory(nn.Module):
+    """The feed-forward layer, read as an associative memory: FFN(h) = sum_i k_i v_i (eq. 3, and section 4.4 for the gate).
+
+    Memory i is found by its two keys, row i of `key_gate` and of `key_up`, and answers with its memory vector v_i, column i of
+    `values.weight`. How strongly it is called is its key coefficient k_i, and k is what InfoSteer steers.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.key_gate = Linear(config.d, config.d_m, bias=False)
+        self.key_up = Linear(config.d, config.d_m, bias=False)
+        self.values = Linear(config.d_m, config.d, bias=False)
+        self.act = ACTIVATIONS[config.act]
+
+    def forward(self, h, steering=None):                                       # h: [B, T, d]
+        k = self.act(self.key_gate(h)) * self.key_up(h)                        # [B, T, d_m]  key coefficients
+        flux = None
+        if steering is not None:
+            if steering.method == "int":                                       # raise the smallest (eq. 4)
+                k = intervene(k, steering.p, steering.alpha, steering.rank_by)
+            rewarded = steering.method == "reg"                                # the loss rewards the entropy (eq. 5), else it is only seen
+            flux = key_entropy(k if rewarded else k.detach(), steering.normalise)    # [B, T]  nats
+        return self.values(k), flux                                            # [B, T, d]    sum_i k_i v_i
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions; H query heads share G key-value heads (GQA)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, D = config.d, config.head_dim
+        self.query = Linear(d, config.n_heads * D, bias=config.qkv_bias)
+        self.key = Linear(d, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.value = Linear(d, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.output = Linear(config.n_heads * D, d, bias=False)
+        self.query_norm = RMSNorm(D, config) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(D, config) if config.qk_norm else nn.Identity()
+        self.head_dim, self.scale, self.softcap = D, config.attn_scale, config.attn_softcap
+
+    def forward(self, x, view, cache=None):                                    # x: [B, T, d]
+        B, T, _ = x.shape
+        q = self.query_norm(self.query(x).view(B, T, -1, self.head_dim))       # [B, T, H, D]
+        k = self.key_norm(self.key(x).view(B, T, -1, self.head_dim))           # [B, T, G, D]
+        v = self.value(x).view(B, T, -1, self.head_dim)                        # [B, T, G, D]
+        q, k = rotate(q, view.cos, view.sin), rotate(k, view.cos, view.sin)
+        if cache is not None:                                                  # keys and values of all tokens so far: [B, S, G, D]
+            k, v = (extend(seen, new, view) for seen, new in zip(cache, (k, v)))
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), view.mask, self.scale, self.softcap)
+        return self.output(y.transpose(1, 2).reshape(B, T, -1))                # [B, T, d]
+
+
+def attend(q, k, v, mask, scale, softcap):
+    """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]. mask [B or 1, 1, T, S] is True where a token may look; None: causal."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    groups = q.shape[1] // k.shape[1]                                          # Gemma 2 squashes its scores, which no fused kernel does
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)      # [B, H, S, D]
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)   # [B, H, T, S]
+    return scores.float().masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (RoPE): turn each pair (x_i, x_{i + D/2}) by its position's angle. x [B, T, H, D], cos [B or 1, T, 1, D/2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def inverse_frequencies(rope, head_dim, device):
+    """Radians per position of each pair of dimensions, [D/2], fp32."""
+    pairs = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    turn = rope["rope_theta"] ** -pairs
+    if rope["rope_type"] == "linear":
+        turn = turn / rope["factor"]
+    if rope["rope_type"] == "llama3":     # divide slow turns by the factor, keep fast ones, blend between
+        turns = rope["original_max_position_embeddings"] * turn / (2 * torch.pi)            # within the first training length
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        turn = turn * (keep + (1 - keep) / rope["factor"])
+    return turn
+
+
+@dataclass
+class View:
+    """What the tokens of one forward pass see in layers of one type: shared by those layers."""
+
+    cos: torch.Tensor                  # [B or 1, T, 1, D/2]
+    sin: torch.Tensor
+    mask: torch.Tensor | None          # [B or 1, 1, T, S] or None: plain causal attention, which has the fastest kernels
+    positions: torch.Tensor | None     # [B or 1, T] where tokens stand in their sequence; None: 0, 1, 2, ...
+    seen: int                          # S: tokens in the longest sequence so far
+
+
+def look(config, kind, positions, T, device):
+    """The `View` of the layers of one type."""
+    at = torch.arange(T, device=device)[None] if positions is None else positions         # [B or 1, T]
+    seen = T if positions is None else int(positions.max()) + 1
+    angle = at[:, :, None, None] * inverse_frequencies(config.rope[kind], config.head_dim, device)     # [B or 1, T, 1, D/2]
+    window = config.window if kind == LOCAL and seen > config.window else None
+    mask = None
+    if window or positions is not None or config.attn_softcap:
+        back = at[:, None, :, None] - torch.arange(seen, device=device)        # [B or 1, 1, T, S]  how far back each token lies
+        mask = (back >= 0) & (back < window) if window else back >= 0
+    return View(angle.cos(), angle.sin(), mask, positions, seen)
+
+
+def extend(seen, new, view):
+    """Write new keys or values [B, T, G, D] into the cache [B, longest, G, D] at their positions, and return what is seen."""
+    if view.positions is None:
+        seen[:, :view.seen] = new
+    else:
+        seen[torch.arange(len(new), device=new.device)[:, None], view.positions] = new.to(seen.dtype)
+    return seen[:, :view.seen]
+
+
+class Block(nn.Module):
+    """x -> x + attention(norm(x)) -> x + memory(norm(x)); Gemma also normalises what each sublayer adds."""
+
+    def __init__(self, config):
+        super().__init__()
+        after = (lambda: RMSNorm(config.d, config)) if config.four_norms else nn.Identity
+        self.attention_norm, self.attention, self.after_attention = RMSNorm(config.d, config), Attention(config), after()
+        self.memory_norm, self.memory, self.after_memory = RMSNorm(config.d, config), KeyValueMemory(config), after()
+
+    def forward(self, x, view, steering=None, cache=None):                     # x: [B, T, d]
+        x = x + self.after_attention(self.attention(self.attention_norm(x), view, cache))
+        answer, flux = self.memory(self.memory_norm(x), steering)              # [B, T, d], [B, T] or None
+        return x + self.after_memory(answer), flux
+
+
+# ------------------------------------------------------------------------------------------------------------ transformer
+
+
+class Transformer(nn.Module):
+    """A decoder. `Transformer.from_pretrained` loads one; `Transformer(config).initialise(seed)` makes a new one."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.d)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d, config)
+        self.head = None if config.tied else Linear(config.d, config.vocab_size, bias=False)
+
+    def forward(self, tokens, steering=None):
+        """tokens [B, T] -> logits [B, T, V] in fp32."""
+        return self.logits(self.hidden(tokens, steering)[0])
+
+    def hidden(self, tokens, steering=None, positions=None, cache=None, checkpoint=False):
+        """Everything but the LM head: tokens [B, T] -> (hidden states [B, T, d], flux [n_layers, B, T] in nats).
+
+        steering     an `infosteer.Steering`; None computes the plain model, and no flux
+        positions    [B or 1, T] where the tokens stand in their sequences; None: 0, 1, 2, ... Padding goes on the right, where
+                     causal attention cannot see it
+        cache        from `new_cache`; the tokens' keys and values are written into it
+        checkpoint   keep only each block's input for the backward pass and compute the rest again: less memory, more time
+        """
+        config = self.config
+        x = self.embed(tokens)                                                 # [B, T, d]
+        if config.scale_embeddings:
+            x = x * float(torch.tensor(config.d ** 0.5, dtype=x.dtype))        # rounded as the weights are, as in training
+        views = {kind: look(config, kind, positions, tokens.shape[1], tokens.device) for kind in config.rope}
+        flux = []
+        for layer, (block, kind) in enumerate(zip(self.blocks, config.layer_types)):
+            arguments = x, views[kind], steering and steering.at(layer), cache and cache[layer]
+            x, h = recompute(block, *arguments, use_reentrant=False) if checkpoint else block(*arguments)
+            flux.append(h)
+        return self.norm(x), torch.stack(flux) if steering else None
+
+    def logits(self, hidden):
+        """The LM head: hidden states [..., d] -> logits [..., V] in fp32."""
+        logits = F.linear(hidden, self.embed.weight if self.head is None else self.head.weight).float()
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def initialise(self, seed: int = 0) -> "Transformer":
+        """Draw new weights: normal(0, 0.02) for matrices, none for biases, neutral norms. Returns the model itself."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                if weight.dim() == 2:
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+                else:
+                    weight.fill_(0 if name.endswith("bias") else 1 - self.config.norm_offset)
+        return self
+
+    # ---------------------------------------------------------------------------------------------------- loading, saving
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Transformer":
+        """Load a checkpoint folder as published: config.json beside model.safetensors or its indexed shards.
+
+        The files are memory-mapped and the model is built without memory of its own, so each tensor is moved once and the peak is
+        the weights in `dtype`. Raises BadInput for a folder, file, name, shape or number format that does not fit.
+        """
+        folder = Path(folder)
+        with torch.device("meta"):
+            model = cls(Config.from_pretrained(folder))
+        expected = {theirs: (ours, list(weight.shape)) for ours, theirs, weight in model._named()}
+        files = _open(folder)
+        found = {name: (list(part.get_shape()), part.get_dtype()) for file in files.values() for name in file.keys()
+                 for part in [file.get_slice(name)]}
+        aliased = {"lm_head.weight"} & found.keys() if model.head is None else set()         # some tied checkpoints store both
+        _check(folder, expected, {name: value for name, value in found.items() if name not in aliased})
+        state = {}
+        for file in files.values():
+            for name in file.keys():
+                if name not in aliased:
+                    state[expected[name][0]] = file.get_tensor(name).to(device, dtype, copy=True)
+        for file in files.values():
+            for name in aliased & set(file.keys()):
+                head = file.get_tensor(name).to(device, dtype)
+                if not torch.equal(head, state["embed.weight"]):
+                    raise BadInput(f"{folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from it; "
+                                   "set tie_word_embeddings to false to use it")
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def save_pretrained(self, folder) -> None:
+        """Write config.json and model.safetensors under the checkpoint's own names, for any tool that reads such folders."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.embed.weight.dtype).removeprefix("torch.")
+        config = {**self.config.raw, "dtype" if "dtype" in self.config.raw else "torch_dtype": dtype}
+        weights = {theirs: weight.detach().contiguous() for _, theirs, weight in self._named()}
+        for name, write in (("model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})),
+                            ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))):
+            part = folder / (name + ".part")
+            write(part)
+            os.replace(part, folder / name)
+
+    def _named(self):
+        """(our name, checkpoint name, parameter) for every parameter."""
+        table = {**NAMES, **(GEMMA_NAMES if self.config.four_norms else {})}
+        ours_to_theirs = {ours: theirs for theirs, ours in table.items()}
+        for ours, weight in self.named_parameters():
+            parts = ours.split(".")
+            layer = parts[1] if parts[0] == "blocks" else ""
+            theirs = ours_to_theirs[".".join(["blocks", "{}", *parts[2:-1]] if layer else parts[:-1])]
+            yield ours, f"{theirs.format(layer)}.{parts[-1]}", weight
+
+    # ----------------------------------------------------------------------------------------------------------- decoding
+
+    def new_cache(self, B: int, longest: int):
+        """Room for the keys and values of B sequences of at most `longest` tokens: per layer two tensors [B, longest, G, D]."""
+        shape = (B, longest, self.config.n_kv_heads, self.config.head_dim)
+        like = self.embed.weight
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens: int, steering=None, cache_bytes: int = 2 << 30, max_batch: int = 256,
+                 done=lambda n: None) -> list[list[int]]:
+        """Continue each prompt greedily, and return only the new ids, in the order of the prompts.
+
+        A row ends at the first of `config.eos_ids`, which is its last id then, or after max_new_tokens. Prompts are sorted by length
+        and decoded in batches whose key-value cache takes at most `cache_bytes` (a single longer prompt is decoded alone), at most
+        `max_batch` at a time. `done(n)` is called as rows finish. Raises BadInput for an empty prompt or an id outside the vocabulary.
+        """
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise BadInput(f"prompt {row} is empty; a model needs at least one token to continue")
+            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+                raise BadInput(f"prompt {row} has an id outside 0..{self.config.vocab_size - 1}; is this the model's tokenizer?")
+        per_token = 2 * self.config.n_layers * self.config.n_kv_heads * self.config.head_dim * self.embed.weight.element_size()
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))    # the largest batch first: if memory is short, it shows now
+        outputs = [[] for _ in prompts]
+        while order and max_new_tokens > 0:
+            longest = len(prompts[order[0]]) + max_new_tokens
+            size = max(1, min(max_batch, cache_bytes // (per_token * longest)))
+            batch, order = order[:size], order[size:]
+            self._generate_batch([prompts[i] for i in batch], [outputs[i] for i in batch], max_new_tokens, steering, done)
+        return outputs
+
+    def _generate_batch(self, prompts, outputs, max_new_tokens, steering, done):
+        """Decode one batch, longest prompt first, appending new ids to `outputs`."""
+        device, eos, B = self.embed.weight.device, set(self.config.eos_ids), len(prompts)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)       # [B]
+        cache = self.new_cache(B, len(prompts[0]) + max_new_tokens)
+        shared = _common_prefix(prompts) if B > 1 else 0                       # at most all but the last token of the shortest
+        if shared:                                                             # what all prompts begin with is read once
+            first = [(k[:1], v[:1]) for k, v in cache]
+            self.hidden(torch.tensor([prompts[0][:shared]], device=device), steering, cache=first)
+            for layer in cache:
+                for seen in layer:
+                    seen[1:, :shared] = seen[:1, :shared]
+        rest = nn.utils.rnn.pad_sequence([torch.tensor(p[shared:]) for p in prompts], batch_first=True).to(device)    # [B, T]
+        positions = torch.arange(shared, shared + rest.shape[1], device=device)[None] if shared else None
+        x, _ = self.hidden(rest, steering, positions, cache)                   # [B, T, d]
+        x = x[torch.arange(B, device=device), lengths - shared - 1]            # [B, d]  at each prompt's last token
+        for step in range(max_new_tokens):
+            new = self.logits(x).argmax(-1)                                    # [B]
+            ids = new.tolist()
+            for output, i in zip(outputs, ids):
+                output.append(i)
+            alive = [row for row, i in enumerate(ids) if i not in eos]
+            done(len(ids) - len(alive))
+            if not alive or step == max_new_tokens - 1:
+                done(len(alive))
+                return
+            if len(alive) < len(ids):                                          # finished rows leave the batch
+                outputs, keep = [outputs[row] for row in alive], torch.tensor(alive, device=device)
+                cache = [(k[keep], v[keep]) for k, v in cache]
+                new, lengths = new[keep], lengths[keep]
+            x, _ = self.hidden(new[:, None], steering, (lengths + step)[:, None], cache)
+            x = x[:, 0]                                                        # [B, d]
+
+    @torch.inference_mode()
+    def log_likelihood(self, prompts, continuations, batch_tokens: int = 8192, done=lambda n: None) -> list[float]:
+        """log P(continuation | prompt) in nats, summed over the continuation's tokens, for each pair of id lists."""
+        device = self.embed.weight.device
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(continuations[i]))
+        scores = [0.0] * len(prompts)
+        while order:
+            longest = len(prompts[order[0]]) + len(continuations[order[0]])
+            size = max(1, batch_tokens // longest)
+            batch, order = order[:size], order[size:]
+            rows = [torch.tensor(prompts[i] + continuations[i]) for i in batch]
+            tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)         # [B, T]
+            asked = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)          # [B, T-1]  whose next token is in the continuation
+            for row, i in enumerate(batch):
+                asked[row, len(prompts[i]) - 1:len(rows[row]) - 1] = True
+            tokens, asked = tokens.to(device), asked.to(device)
+            x, _ = self.hidden(tokens[:, :-1])                                 # [B, T-1, d]
+            loss = F.cross_entropy(self.logits(x[asked]), tokens[:, 1:][asked], reduction="none")       # [asked]
+            total = torch.zeros(len(batch), device=device).index_add_(0, asked.nonzero()[:, 0], -loss)
+            for i, score in zip(batch, total.tolist()):
+                scores[i] = score
+            done(len(batch))
+        return scores
+
+
+def _common_prefix(prompts):
+    """How many tokens all prompts begin with, leaving each at least one."""
+    first, last = min(prompts), max(prompts)                                   # all others lie between them
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoint files
+
+# Name in the checkpoint -> name here. The feed-forward rows are the lesson: a projection is a set of keys or of memory vectors.
+NAMES = {
+    "model.embed_tokens": "embed",
+    "model.layers.{}.input_layernorm": "blocks.{}.attention_norm",
+    "model.layers.{}.self_attn.q_proj": "blocks.{}.attention.query",
+    "model.layers.{}.self_attn.k_proj": "blocks.{}.attention.key",
+    "model.layers.{}.self_attn.v_proj": "blocks.{}.attention.value",
+    "model.layers.{}.self_attn.q_norm": "blocks.{}.attention.query_norm",
+    "model.layers.{}.self_attn.k_norm": "blocks.{}.attention.key_norm",
+    "model.layers.{}.self_attn.o_proj": "blocks.{}.attention.output",
+    "model.layers.{}.post_attention_layernorm": "blocks.{}.memory_norm",
+    "model.layers.{}.mlp.gate_proj": "blocks.{}.memory.key_gate",
+    "model.layers.{}.mlp.up_proj": "blocks.{}.memory.key_up",
+    "model.layers.{}.mlp.down_proj": "blocks.{}.memory.values",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
+# Gemma has four norms a block, and the trap: its post_attention_layernorm is another norm than Llama's of that name.
+GEMMA_NAMES = {
+    "model.layers.{}.post_attention_layernorm": "blocks.{}.after_attention",
+    "model.layers.{}.pre_feedforward_layernorm": "blocks.{}.memory_norm",
+    "model.layers.{}.post_feedforward_layernorm": "blocks.{}.after_memory",
+}
+
+
+def _open(folder):
+    """The checkpoint's safetensors files, memory-mapped: {file name: handle}. Never a pickle."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise BadInput(f"{index}: weight_map must map tensor names to file names")
+        names = sorted(set(map(str, names.values())))
+    else:
+        raise BadInput(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there"
+                       + ("; only safetensors are read, convert the .bin or .pth files first" if [*folder.glob("*.bin"), *folder.glob("*.pth")] else ""))
+    files = {}
+    for name in names:
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise BadInput(f"{index}: shard {name!r} is not a plain file name; refused, since it could leave the folder")
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder / name}: no such file, though {index.name} lists it; is the download complete?")
+        try:
+            files[name] = safe_open(folder / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{folder / name}: not a readable safetensors file ({error}); is the download complete?") from None
+    return files
+
+
+def _check(folder, expected, found):
+    """Compare {name: (our name, shape)} with {name: (shape, dtype)}; raise BadInput listing every difference."""
+    def listed(kind, names):
+        names = sorted(names)
+        return [f"{len(names)} {kind}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"] if names else []
+
+    both = expected.keys() & found.keys()
+    problems = listed("missing", expected.keys() - found.keys()) + listed("unexpected", found.keys() - expected.keys()) + listed(
+        "of another shape", (f"{n} {found[n][0]} (expected {expected[n][1]})" for n in both if found[n][0] != expected[n][1])) + listed(
+        "not F32, F16 or BF16", (f"{n} ({found[n][1]})" for n in both if found[n][1] not in ("F32", "F16", "BF16")))
+    if problems:
+        raise BadInput(f"{folder}: the tensors do not fit config.json: {'; '.join(problems)}")
