@@ -523,26 +523,31 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def log_likelihood(self, prompts, continuations, batch_tokens: int = 8192, done=lambda n: None) -> list[float]:
-        """log P(continuation | prompt) in nats, summed over the continuation's tokens, for each pair of id lists."""
+        """log P(continuation | prompt) in nats, summed over the continuation's tokens, for each pair of id lists.
+
+        The model reads a prompt once for all continuations that differ in their last token only, as the labels of a task often do.
+        """
         device = self.embed.weight.device
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(continuations[i]))
+        pairs = {}                                                             # what the model reads -> the pairs it answers
+        for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+            pairs.setdefault((*prompt, *continuation[:-1]), []).append(i)
+        order = sorted(pairs, key=len, reverse=True)
         scores = [0.0] * len(prompts)
         while order:
-            longest = len(prompts[order[0]]) + len(continuations[order[0]])
-            size = max(1, batch_tokens // longest)
+            size = max(1, batch_tokens // len(order[0]))
             batch, order = order[:size], order[size:]
-            rows = [torch.tensor(prompts[i] + continuations[i]) for i in batch]
-            tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)         # [B, T]
-            asked = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)          # [B, T-1]  whose next token is in the continuation
-            for row, i in enumerate(batch):
-                asked[row, len(prompts[i]) - 1:len(rows[row]) - 1] = True
-            tokens, asked = tokens.to(device), asked.to(device)
-            x, _ = self.hidden(tokens[:, :-1])                                 # [B, T-1, d]
-            loss = F.cross_entropy(self.logits(x[asked]), tokens[:, 1:][asked], reduction="none")       # [asked]
-            total = torch.zeros(len(batch), device=device).index_add_(0, asked.nonzero()[:, 0], -loss)
-            for i, score in zip(batch, total.tolist()):
-                scores[i] = score
-            done(len(batch))
+            tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)     # [B, T]
+            asked = [(row, position, i, token) for row, ids in enumerate(batch) for i in pairs[ids]
+                     for position, token in enumerate(continuations[i], len(prompts[i]) - 1)]
+            rows, positions, owners, targets = (list(column) for column in zip(*asked))
+            places = sorted(set(zip(rows, positions)))                         # where the head is needed
+            at = torch.tensor(places, device=device)                           # [places, 2]
+            logits = self.logits(self.hidden(tokens)[0][at[:, 0], at[:, 1]])   # [places, V]
+            where = {place: n for n, place in enumerate(places)}
+            picked = logits.log_softmax(-1)[[where[place] for place in zip(rows, positions)], targets]    # [asked]
+            for i, score in zip(owners, picked.tolist()):
+                scores[i] += score
+            done(sum(len(pairs[ids]) for ids in batch))
         return scores
 
 
