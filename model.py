@@ -80,7 +80,7 @@ class Config:
     @classmethod
     def from_dict(cls, raw: dict, where: str = "config.json") -> "Config":
         """Read the keys of a `config.json`, classic or newer style. Raises BadInput naming the key that is missing or off."""
-        if raw.get("model_type") not in FAMILIES:
+        if str(raw.get("model_type")) not in FAMILIES:
             raise BadInput(f"{where}: model_type is {raw.get('model_type')!r}; known families are {', '.join(FAMILIES)}")
         traits = dict(FAMILIES[raw["model_type"]])
         get = {**traits.pop("defaults", {}), **{key: value for key, value in raw.items() if value is not None}}.get
@@ -88,20 +88,19 @@ class Config:
         softcaps = [raw.get(key, get(key)) for key in ("attn_logit_softcapping", "final_logit_softcapping")]
 
         def number(key, default=None, kind=int):
-            value = get(key, default)
-            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < float("inf"):
-                raise BadInput(f"{where}: {key} is {value!r}; a positive {'whole ' if kind is int else ''}number is needed")
-            return value
+            return _positive(get(key, default), key, where, kind)
 
         for key in ("attention_bias", "mlp_bias", "quantization_config", "use_bidirectional_attention"):
             if raw.get(key):
                 raise BadInput(f"{where}: {key} is set, and this implementation has no such layer")
         act = get("hidden_activation", get("hidden_act", "gelu_pytorch_tanh" if traits.get("four_norms") else "silu"))
-        if act not in ACTIVATIONS:
+        if str(act) not in ACTIVATIONS:
             raise BadInput(f"{where}: the activation is {act!r}; known are {', '.join(ACTIVATIONS)}")
 
         d, n_heads, n_layers = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")
         n_kv_heads, head_dim = number("num_key_value_heads", n_heads), number("head_dim", max(1, d // n_heads))
+        if n_layers > 1000:
+            raise BadInput(f"{where}: num_hidden_layers is {n_layers}, more than any published model has")
         if n_heads % n_kv_heads:
             raise BadInput(f"{where}: num_attention_heads is {n_heads}, not a multiple of num_key_value_heads, {n_kv_heads}")
         if head_dim % 2:
@@ -141,7 +140,7 @@ def _layer_types(get, number, n_layers, where):
     """LOCAL or GLOBAL for each layer: listed in newer files; a pattern (Gemma) or a first local layer (Qwen) in classic ones."""
     types = get("layer_types")
     if types is None and get("use_sliding_window"):
-        first = get("max_window_layers", n_layers)
+        first = get("max_window_layers", 28) and number("max_window_layers", 28)
         types = [GLOBAL if i < first else LOCAL for i in range(n_layers)]
     elif types is None and get("sliding_window_pattern"):
         types = [GLOBAL if (i + 1) % number("sliding_window_pattern") == 0 else LOCAL for i in range(n_layers)]
@@ -152,24 +151,34 @@ def _layer_types(get, number, n_layers, where):
     return tuple(types)
 
 
+ROPE_KEYS = {"default": ("rope_theta",), "linear": ("rope_theta", "factor"), "llama3": (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 def _rope(get, kind, where):
     """The rotary settings of one layer type, from `rope_parameters` (one set, or one per layer type) or from the classic keys."""
-    rope = get("rope_parameters")
-    if rope is None:
-        local = kind == LOCAL and get("rope_local_base_freq")                  # Gemma 3: another base, never scaled
-        rope = {**({} if local else get("rope_scaling") or {}), "rope_theta": local or get("rope_theta", 10_000.0)}
-    rope = rope.get(kind, rope) if isinstance(rope, dict) else {}
-    rope = {"original_max_position_embeddings": get("max_position_embeddings"), "rope_type": rope.get("type", "default"), **rope}
-    needed = {"default": (), "linear": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needed:
-        raise BadInput(f"{where}: rotary scaling {rope['rope_type']!r} is not implemented; known are {', '.join(needed)}")
-    for key in ("rope_theta", *needed[rope["rope_type"]]):
-        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < float("inf"):
-            raise BadInput(f"{where}: {key} of the rotary embedding is {rope.get(key)!r}; a positive number is needed")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise BadInput(f"{where}: partial_rotary_factor is set, and this implementation has no such layer")
+    classic = {"rope_theta": get("rope_theta", 10_000.0), "original_max_position_embeddings": get("max_position_embeddings")}
+    if kind == LOCAL and get("rope_local_base_freq"):                          # Gemma 3: another base, never scaled
+        classic["rope_theta"], scaling = get("rope_local_base_freq"), {}
+    else:
+        scaling = get("rope_scaling", {})
+    scaling = get("rope_parameters", scaling)
+    scaling = scaling.get(kind, scaling) if isinstance(scaling, dict) else scaling
+    if not isinstance(scaling, dict):
+        raise BadInput(f"{where}: the rotary settings are {scaling!r}; an object with rope_type is needed")
+    rope = {**classic, **scaling}
+    rope["rope_type"] = str(scaling.get("rope_type", scaling.get("type", "default")))
+    if rope["rope_type"] not in ROPE_KEYS or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise BadInput(f"{where}: rotary embedding {rope['rope_type']!r} is not implemented; known are {', '.join(ROPE_KEYS)}, of the whole head")
+    for key in ROPE_KEYS[rope["rope_type"]]:
+        _positive(rope.get(key), f"{key} of the rotary embedding", where, float)
     return rope
+
+
+def _positive(value, key, where, kind=int):
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < float("inf"):
+        raise BadInput(f"{where}: {key} is {value!r}; a positive {'whole ' if kind is int else ''}number is needed")
+    return value
 
 
 def _ids(value, where):
@@ -414,22 +423,16 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(Config.from_pretrained(folder))
         expected = {theirs: (ours, list(weight.shape)) for ours, theirs, weight in model._named()}
-        files = _open(folder)
-        found = {name: (list(part.get_shape()), part.get_dtype()) for file in files.values() for name in file.keys()
-                 for part in [file.get_slice(name)]}
-        aliased = {"lm_head.weight"} & found.keys() if model.head is None else set()         # some tied checkpoints store both
-        _check(folder, expected, {name: value for name, value in found.items() if name not in aliased})
-        state = {}
-        for file in files.values():
-            for name in file.keys():
-                if name not in aliased:
-                    state[expected[name][0]] = file.get_tensor(name).to(device, dtype, copy=True)
-        for file in files.values():
-            for name in aliased & set(file.keys()):
-                head = file.get_tensor(name).to(device, dtype)
-                if not torch.equal(head, state["embed.weight"]):
-                    raise BadInput(f"{folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from it; "
-                                   "set tie_word_embeddings to false to use it")
+        files = _open(folder)                                                  # checkpoint name -> the open file it is in
+        found = {name: (list(part.get_shape()), part.get_dtype()) for name, file in files.items() for part in [file.get_slice(name)]}
+        head = files.get("lm_head.weight") if model.head is None else None     # some tied checkpoints store both
+        if head:
+            found.pop("lm_head.weight")
+        _check(folder, expected, found)
+        state = {expected[name][0]: files[name].get_tensor(name).to(device, dtype, copy=True) for name in found}
+        if head and not torch.equal(head.get_tensor("lm_head.weight").to(device, dtype), state["embed.weight"]):
+            raise BadInput(f"{folder}: config.json ties the LM head to the embedding, but lm_head.weight differs from it; "
+                           "set tie_word_embeddings to false to use it")
         model.load_state_dict(state, assign=True)
         return model
 
@@ -586,7 +589,7 @@ GEMMA_NAMES = {
 
 
 def _open(folder):
-    """The checkpoint's safetensors files, memory-mapped: {file name: handle}. Never a pickle."""
+    """The checkpoint's tensors in its memory-mapped safetensors files: {tensor name: open file}. Never a pickle."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
@@ -605,9 +608,13 @@ def _open(folder):
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: no such file, though {index.name} lists it; is the download complete?")
         try:
-            files[name] = safe_open(folder / name, framework="pt")
+            file = safe_open(folder / name, framework="pt")
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{folder / name}: not a readable safetensors file ({error}); is the download complete?") from None
+        for tensor in file.keys():
+            if tensor in files:
+                raise BadInput(f"{folder / name}: {tensor} is in more than one file; are these shards of one checkpoint?")
+            files[tensor] = file
     return files
 
 
