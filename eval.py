@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import BadInput
+from data import BadInput, read_json
 from data.tasks import TASKS, chance, judge, load as load_examples
 from data.tokenizer import Tokenizer
 from infosteer import Steering
@@ -104,12 +104,9 @@ def split_names(text):
 
 
 def read_run(folder):
-    """A run's args.json, or {} where `folder` is no run of train.py."""
+    """A run's settings, or {} where `folder` is no run of train.py."""
     path = Path(folder, "args.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise BadInput(f"{path}: not readable as JSON ({error})") from None
+    return read_json(path) if path.is_file() else {}
 
 
 def write_whole(path, text):
@@ -252,7 +249,7 @@ responses held no answer.""")
         path = out / f"{name}{variant}.jsonl"
         done = path.with_suffix(".json")
         if done.is_file() and not args.overwrite:
-            summary = json.loads(done.read_text(encoding="utf-8"))
+            summary = read_json(done)
             if any(summary.get(key) != value for key, value in settings.items() if key != "model"):
                 raise BadInput(f"{done}: holds scores of other weights, items or settings; --overwrite replaces them, --out puts these elsewhere")
             print(f"{name}: scored before, in {path}; --overwrite scores again", file=sys.stderr)

@@ -118,23 +118,36 @@ class _KeyEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k):
-        a = _magnitudes(k)                                                                # [..., d_m]
-        total = a.sum(-1)                                                                 # [...]
-        entropy = total.log() - torch.linalg.vecdot(a, a.log()) / total                   # [...]
-        ctx.save_for_backward(k, total, entropy)
+        entropy, total = k.new_empty((2, *k.shape[:-1]), dtype=accumulate(k))             # [...], [...]
+        for rows, h, s in zip(*_pieces(k, entropy, total)):
+            a = _magnitudes(rows)
+            torch.sum(a, -1, out=s)
+            h.copy_(s.log() - a.mul_(a.log()).sum(-1) / s)
+        ctx.save_for_backward(k, entropy, total)
         return entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        k, total, entropy = ctx.saved_tensors                                             # [..., d_m], [...], [...]
-        slope = (total.log() - entropy)[..., None] - _magnitudes(k).log()                 # [..., d_m]
-        return (slope * (grad / total)[..., None] * k.sign()).to(k.dtype)
+        k, entropy, total = ctx.saved_tensors
+        grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)               # [..., d_m]
+        for rows, out, h, s, g in zip(*_pieces(k, grad_k, entropy, total, grad.contiguous())):
+            slope = _magnitudes(rows).log_().neg_().add_((s.log() - h)[:, None])
+            out.copy_(slope.mul_((g / s)[:, None]).mul_(rows.sign()))
+        return grad_k
+
+
+def _pieces(k, *others):
+    """k [..., d_m] and tensors that go with it, as matching lists of pieces of some tokens each. On a CPU a piece and its
+    temporaries stay in the cache, which is three times as fast as streaming all of k through memory five times; a GPU takes all at once."""
+    tokens = max(1, 2**18 // k.shape[-1] if k.device.type == "cpu" else k[..., 0].numel())
+    return [t.reshape(-1, *t.shape[k.dim() - 1:]).split(tokens) for t in (k, *others)]
 
 
 def _magnitudes(k):
+    """|k| in the dtype that sums are kept in: a new tensor, never quite 0, since log(0) is not a number to average."""
     a = k.abs().to(accumulate(k))
-    return a.clamp_min(torch.finfo(a.dtype).tiny)                                         # log(0) is not a number to average
+    return a.clamp_min_(torch.finfo(a.dtype).tiny)
 
 
 def accumulate(k):

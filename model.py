@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import BadInput
+from data import BadInput, read_json
 from infosteer import intervene, key_entropy
 
 # ---------------------------------------------------------------------------------------------------------- configuration
@@ -124,9 +124,9 @@ class Config:
         path, generation = Path(folder, "config.json"), Path(folder, "generation_config.json")
         if not path.is_file():
             raise BadInput(f"{path}: no such file; a model is a folder with config.json and safetensors files, as published")
-        config = cls.from_dict(_read_json(path), str(path))
+        config = cls.from_dict(read_json(path), str(path))
         if generation.is_file():
-            config = config.with_eos(*_ids(_read_json(generation).get("eos_token_id"), str(generation)))
+            config = config.with_eos(*_ids(read_json(generation).get("eos_token_id"), str(generation)))
         return config
 
     def with_eos(self, *ids: int) -> "Config":
@@ -186,16 +186,6 @@ def _ids(value, where):
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise BadInput(f"{where}: eos_token_id is {value!r}; a token id or a list of them is needed")
     return tuple(ids)
-
-
-def _read_json(path):
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: a JSON object is needed, not a {type(value).__name__}")
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------------------- blocks
@@ -594,7 +584,7 @@ def _open(folder):
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif index.is_file():
-        names = _read_json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise BadInput(f"{index}: weight_map must map tensor names to file names")
         names = sorted(set(map(str, names.values())))

@@ -1,4 +1,6 @@
 """Everything that is text or a file of text: tokenizers, tasks, and fetching them."""
+import json
+from pathlib import Path
 
 
 class BadInput(ValueError):
@@ -6,3 +8,16 @@ class BadInput(ValueError):
 
     Commands print it and exit with status 2. Everything else that goes wrong is a bug and keeps its traceback.
     """
+
+
+def read_json(path, kind=dict):
+    """The JSON value of a file. Raises BadInput if it is missing, is not UTF-8 JSON, or holds another kind of value than `kind`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:          # a UnicodeDecodeError is a ValueError
+        raise BadInput(f"{path}: not readable as JSON ({error}); if it was downloaded, fetch it again") from None
+    if not isinstance(value, kind):
+        raise BadInput(f"{path}: a JSON {'object' if kind is dict else 'list'} is needed, not a {type(value).__name__}")
+    return value
