@@ -17,10 +17,12 @@ import torch
 from tqdm import tqdm
 
 from data import BadInput, read_json
-from data.tasks import TASKS, chance, judge, load as load_examples
+from data.tasks import TASKS, TRIGGER, chance, judge, load as load_examples
 from data.tokenizer import Tokenizer
 from infosteer import Steering
 from model import Transformer
+
+CHUNK = 256                            # items answered between two writes to disk
 
 # --------------------------------------------------------------------------------------------- shared with train.py
 
@@ -147,10 +149,10 @@ def answer(model, tokenizer, examples, score, max_new_tokens, steering, cache_by
 def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_bytes=2 << 30):
     """Score `examples` and write one JSON line per item to `path`; return its summary, which is also written, to `path`.json.
 
-    Items are answered longest first, a few hundred at a time, and kept in `path`.part until all are there, so that an interrupted
+    Items are answered longest first, a few hundred at a time, and kept in `path`.partial until all are there, so that an interrupted
     evaluation with the same settings goes on.
     """
-    part, lines = Path(f"{path}.part"), {}
+    part, lines = Path(f"{path}.partial"), {}
     head = json.dumps(settings, sort_keys=True)
     if part.is_file():
         kept = part.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -161,8 +163,8 @@ def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_by
     with open(part, "w", encoding="utf-8") as file, tqdm(
             total=len(examples), initial=len(lines), desc=settings["task"], unit="item", disable=None) as bar:
         file.write("".join([head + "\n"] + [json.dumps(item) + "\n" for item in lines.values()]))
-        for start in range(0, len(pending), 256):
-            chunk = pending[start:start + 256]
+        for start in range(0, len(pending), CHUNK):
+            chunk = pending[start:start + CHUNK]
             for example, response in zip(chunk, answer(
                     model, tokenizer, chunk, settings["score"], settings["max_new_tokens"], steering, cache_bytes, bar)):
                 item = {"index": example.index, "prompt": example.prompt, "response": response, "answer": example.answer,

@@ -8,7 +8,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"            # real datasets and tokenizers; not part of the project, so tests skip without it
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)                   # the models are tiny: a second thread only waits, and badly so on a busy machine
 
 
 @pytest.fixture
