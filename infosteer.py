@@ -16,7 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-METHODS = ("none", "int", "reg")
+METHODS = {                            # method -> the settings that mean something to it
+    "none": (),
+    "int": ("p", "alpha", "rank_by", "layers"),
+    "reg": ("lam", "normalise", "layers"),
+}
 RANKINGS = ("magnitude", "value")
 NORMALISATIONS = ("magnitude", "softmax")
 
@@ -42,6 +46,10 @@ class Steering:
         for name in ("alpha", "lam"):
             if not abs(getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
+
+    def __str__(self):
+        return " ".join([self.method, *(f"{name}={getattr(self, name) or 'all'}" if name == "layers" else f"{name}={getattr(self, name)}"
+                                        for name in METHODS[self.method])])
 
     def at(self, layer: int) -> "Steering":
         """The steering of one layer (counted from 0, as in code): this one, or none where `layers` leaves it out."""

@@ -90,17 +90,16 @@ def read_settings(argv=None):
     group.add_argument("--overwrite", action="store_true", help="replace a finished or interrupted run at --out")
     args = parser.parse_args(argv)
 
-    meant = {"none": (), "int": ("p", "alpha", "rank_by", "layers"), "reg": ("lam", "normalise", "layers")}[args.steer]
-    given = {name: getattr(args, name) for name in ("p", "alpha", "rank_by", "lam", "normalise", "layers")}
-    for name, value in given.items():
-        if value is not None and name not in meant:
+    given = {name: getattr(args, name) for name in set(METHODS["int"] + METHODS["reg"]) if getattr(args, name) is not None}
+    for name in sorted(given):
+        if name not in METHODS[args.steer]:
             parser.error(f"--{name.replace('_', '-')} means nothing with --steer {args.steer}")
     if args.warmup < 0:
         parser.error("--warmup is below 0")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite starts it anew; give one of them")
     try:
-        args.steering = Steering(args.steer, **{name: value for name, value in given.items() if value is not None and name != "layers"})
+        args.steering = Steering(args.steer, **{name: value for name, value in given.items() if name != "layers"})
     except ValueError as error:
         parser.error(str(error))
     return args
