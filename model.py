@@ -347,6 +347,9 @@ class Block(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ transformer
 
 
+PREFILL_TOKENS = 8192                  # prompt tokens read in one forward pass
+
+
 class Transformer(nn.Module):
     """A decoder. `Transformer.from_pretrained` loads one; `Transformer(config).initialise(seed)` makes a new one."""
 
@@ -495,8 +498,11 @@ class Transformer(nn.Module):
                     seen[1:, :shared] = seen[:1, :shared]
         rest = nn.utils.rnn.pad_sequence([torch.tensor(p[shared:]) for p in prompts], batch_first=True).to(device)    # [B, T]
         positions = torch.arange(shared, shared + rest.shape[1], device=device)[None] if shared else None
-        x, _ = self.hidden(rest, steering, positions, cache)                   # [B, T, d]
-        x = x[torch.arange(B, device=device), lengths - shared - 1]            # [B, d]  at each prompt's last token
+        size, x = max(1, PREFILL_TOKENS // rest.shape[1]), []
+        for rows in (slice(at, at + size) for at in range(0, B, size)):        # some rows at a time: reading takes more room than writing
+            hidden, _ = self.hidden(rest[rows], steering, positions, [(k[rows], v[rows]) for k, v in cache])       # [rows, T, d]
+            x.append(hidden[torch.arange(len(hidden), device=device), lengths[rows] - shared - 1])         # at each prompt's last token
+        x = torch.cat(x)                                                       # [B, d]
         for step in range(max_new_tokens):
             new = self.logits(x).argmax(-1)                                    # [B]
             ids = new.tolist()

@@ -41,6 +41,14 @@ def test_every_way_to_split_a_request_gives_the_same_ids(golden):
         assert model.generate(prompts[::-1], 24, **settings) == expected[::-1]
 
 
+def test_prompts_read_in_several_passes_give_the_same_ids(golden, monkeypatch):
+    model, prompts, expected = golden
+    monkeypatch.setattr("model.PREFILL_TOKENS", 15)
+    assert model.generate(prompts, 24) == expected
+    longer = [[5, 6, 7] + prompt for prompt in prompts]
+    assert model.generate(longer, 24) == [model.generate([prompt], 24)[0] for prompt in longer]
+
+
 def test_a_prefix_shared_by_the_batch_changes_nothing(golden):
     model, prompts, _ = golden
     longer = [[5, 6, 7, 8, 9, 10, 11, 12, 13] + prompt for prompt in prompts] + [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]] * 2
