@@ -242,6 +242,7 @@ def minis():
         "one result, two pairs, the reachable one listed first": (characters(two_ways, ["a b", "c d", "ab c", "ab cd", "b c", "a bc", "abc d"]), abc),
         "a merge that never comes about": (characters(two_ways, ["b c", "a b", "ab c"]), abc),
         "a merge listed twice counts from its last place": (characters(two_ways, ["a b", "b c", "a b", "a bc"]), abc),
+        "a part listed again after its result": (characters(vocab(letters, "ba", "bab", "babab"), ["b a", "ba b", "ba bab", "b a"]), ["babab", "bababab", "ba bab"]),
         "parts listed after their result": (characters(two_ways, ["abc d", "ab c", "a b", "b c", "c d"]), abc),
         "of equal merges the leftmost first": (characters(runs, ["a a", "aa a", "aa aa", "b a", "b aa", "ba a"]), ["a" * n for n in range(2, 12)] + ["ba", "baa", "baaa", "aabaaab"]),
         "long runs before short ones": (characters(runs, ["aaa a", "aa aa", "aa a", "a aa", "a a"]), ["a" * n for n in range(2, 14)]),
