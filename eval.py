@@ -1,6 +1,7 @@
 """Score a model on the paper's tasks.
 
     python eval.py --model out/boolq-reg --task boolq,ARC-Easy --data data/public
+    python eval.py --compare out/
 
 Every response is kept beside its verdict in MODEL/eval/, and an interrupted evaluation goes on where it stopped. The model runs
 unsteered, as in the paper, unless --steered keeps the intervention it was trained with.
@@ -17,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from data import BadInput, read_json
-from data.tasks import TASKS, TRIGGER, chance, judge, load as load_examples
+from data.tasks import SUITES, TASKS, TOY, chance, find, judge, load as load_examples, make_response
 from data.tokenizer import Tokenizer
-from infosteer import Steering
+from infosteer import METHODS, RANKINGS, Steering
 from model import Transformer
 
+TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"        # the toy world's tasks and models, which ship with the project
 CHUNK = 256                            # items answered between two writes to disk
 
 # --------------------------------------------------------------------------------------------- shared with train.py
@@ -98,10 +100,10 @@ def load(folder, dtype=torch.float32, device="cpu"):
 
 
 def split_names(text):
-    """"a,b" -> ["a", "b"], refusing repetitions."""
-    names = [name.strip() for name in text.split(",")]
-    if len(set(names)) < len(names) or "" in names:
-        raise BadInput(f"--task {text}: a comma list of different task names is needed; known are {', '.join(TASKS)}")
+    """"a,b" -> ["a", "b"], refusing repetitions and unknown names."""
+    names = [find(name.strip()).name for name in text.split(",") if name.strip()]
+    if len(set(names)) < len(names) or len(names) <= text.count(","):
+        raise BadInput(f"--task {text!r}: a comma list of different task names is needed; known are {', '.join(TASKS)}")
     return names
 
 
@@ -132,7 +134,7 @@ def answer(model, tokenizer, examples, score, max_new_tokens, steering, cache_by
         outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
         stop = set(model.config.eos_ids)
         return [tokenizer.decode([i for i in ids if i not in stop]) for ids in outputs]
-    responses = [[f"{TRIGGER}{choice}" for choice in example.choices] for example in examples]
+    responses = [[make_response(find(example.task), choice, "") for choice in example.choices] for example in examples]
     asked, continued = [], []
     for prompt, candidates in zip(prompts, responses):
         ids = [tokenizer.encode(text, bos=False, special=False) for text in candidates]
@@ -189,6 +191,40 @@ def summarise(items):
             "unparsed": sum(item["prediction"] is None for item in items)}
 
 
+def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", limit=None, max_new_tokens=None, steering=None,
+          cache_gb=2.0, overwrite=False):
+    """Summaries of the named tasks' test splits, in order; what was scored before with the same settings is read, not scored again.
+
+    how: "generate", "choice" or None, each task's own. Results go to `out`, or else to FOLDER/eval. Raises BadInput.
+    """
+    tasks = {name: load_examples(data, name, "test")[:limit] for name in names}
+    if how == "choice" and (open_ended := [name for name, examples in tasks.items() if not all(e.choices for e in examples) or find(name).kind == "arithmetic"]):
+        raise BadInput(f"--score choice: {open_ended[0]} has no short list of answers to rank; use --score generate")
+    device = pick_device(device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    out = Path(out or Path(folder, "eval"))
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(folder).glob("*.safetensors"))]
+    summaries, model = [], None
+    for name, examples in tasks.items():
+        text = json.dumps([[e.prompt, e.answer] for e in examples])
+        settings = {"task": name, "score": how or find(name).score, "dtype": dtype, "steered": str(steering) if steering else None,
+                    "max_new_tokens": max_new_tokens or find(name).max_new_tokens, "model": str(folder),
+                    "items_sha256": hashlib.sha256(text.encode()).hexdigest(), "weights": weights}
+        variant = "".join([f"-{how}" * (how not in (None, find(name).score)), "-steered" * bool(steering), f"-first{limit}" * bool(limit)])
+        path = out / f"{name}{variant}.jsonl"
+        done = path.with_suffix(".json")
+        if done.is_file() and not overwrite:
+            summary = read_json(done)
+            if any(summary.get(key) != value for key, value in settings.items() if key != "model"):
+                raise BadInput(f"{done}: holds scores of other weights, items or settings; --overwrite replaces them, --out puts these elsewhere")
+        else:
+            if model is None:
+                model, tokenizer = load(folder, getattr(torch, dtype), device)
+            summary = evaluate(model, tokenizer, examples, path, settings, steering, int(cache_gb * 2**30))
+        summaries.append(summary)
+    return summaries
+
+
 def table(summaries):
     """Summaries -> the lines of a table for people."""
     lines = [f"{'task':<14}{'n':>6}  {'accuracy':>14}  {'chance':>7}  {'strict':>7}  {'unparsed':>8}"]
@@ -196,6 +232,173 @@ def table(summaries):
         lines.append(f"{s['task']:<14}{s['n']:>6}  {s['accuracy']:>7.1%} ± {s['standard_error']:>4.1%}  {s['chance']:>7.1%}  "
                      f"{s['strict_accuracy']:>7.1%}  {s['unparsed']:>8}")
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing runs
+
+# Quantiles of Student's t for 95% intervals, by degrees of freedom; the last serves for all larger ones, a little too wide.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+
+
+def as_steering(settings):
+    """The Steering that a run's args.json describes."""
+    return Steering(**{**settings, "layers": settings["layers"] and tuple(settings["layers"])})
+
+
+def arm_name(steering):
+    """A short name of a steering: its method and what differs from the defaults. Steering("int", p=0.05) -> "int-p0.05"."""
+    usual = vars(Steering(steering.method))
+    unusual = {key: value for key, value in vars(steering).items() if key in METHODS[steering.method] and value != usual[key]}
+    if "layers" in unusual:
+        unusual["layers"] = ",".join(map(str, unusual["layers"]))
+    return "-".join([steering.method, *(str(value) if isinstance(usual[key], str) else f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
+                                        for key, value in unusual.items())])
+
+
+def suite_of(task):
+    """The suite in which a task is reported: one of three for the toy world's, itself for the others."""
+    return find(task).suite or task
+
+
+def by_suite(summaries):
+    """Summaries of one run -> {suite: accuracy}, the mean over the suite's tasks."""
+    suites = {}
+    for summary in summaries:
+        suites.setdefault(suite_of(summary["task"]), []).append(summary["accuracy"])
+    return {suite: sum(values) / len(values) for suite, values in suites.items()}
+
+
+def find_runs(folder):
+    """Finished, scored runs in a folder: [{"model", "arm", "seed", "suites": {suite: accuracy}, "folder"}]."""
+    runs = []
+    for path in sorted(Path(folder).glob("*/args.json")):
+        settings, run = read_run(path.parent), path.parent
+        summaries = [read_json(file) for file in sorted((run / "eval").glob("*.json")) if find_plain(file.stem)]
+        if run.suffix in (".partial", ".old") or not summaries or "model" not in settings:
+            continue
+        arm = "base" if settings.get("base") else arm_name(as_steering(settings["steering"]))
+        runs.append({"model": settings["model"], "arm": arm, "seed": settings.get("seed"), "suites": by_suite(summaries), "folder": str(run)})
+    if not runs:
+        raise BadInput(f"{folder}: no scored run of train.py in this folder; python train.py --steer reg makes one")
+    return runs
+
+
+def find_plain(name):
+    """Is this the name of a task's own score, not of a part of it or under other settings?"""
+    return name in TASKS or name in TOY
+
+
+def compare(runs):
+    """Mean over seeds with standard error, and the difference to plain fine-tuning paired by seed with its 95% interval.
+
+    -> [{"model", "arm", "suite", "seeds", "mean", "standard_error", "difference", "interval"}]; None where there is nothing to say.
+    A difference whose interval covers zero is none.
+    """
+    rows = []
+    suites = list(dict.fromkeys([s for s in SUITES for run in runs if s in run["suites"]] + [s for run in runs for s in run["suites"]]))
+    order = {"base": 0, "none": 1}
+    for model in dict.fromkeys(run["model"] for run in runs):
+        for arm in sorted({run["arm"] for run in runs if run["model"] == model}, key=lambda arm: (order.get(arm, 2), arm)):
+            for suite in suites:
+                def at(arm):
+                    return {run["seed"]: run["suites"][suite] for run in runs if (run["model"], run["arm"]) == (model, arm) and suite in run["suites"]}
+                ours, plain = at(arm), at("none")
+                if not ours:
+                    continue
+                mean, error = mean_and_error(list(ours.values()))
+                row = {"model": model, "arm": arm, "suite": suite, "seeds": len(ours), "mean": mean, "standard_error": error, "difference": None, "interval": None}
+                pairs = [ours[seed] - plain[seed] for seed in ours if seed in plain]
+                if arm not in order and pairs:
+                    row["difference"], error = mean_and_error(pairs)
+                    if error is not None:
+                        width = T975[min(len(pairs) - 1, len(T975)) - 1] * error
+                        row["interval"] = [row["difference"] - width, row["difference"] + width]
+                rows.append(row)
+    return rows
+
+
+def mean_and_error(values):
+    """Mean, and its standard error over runs (None for a single one)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def comparison_table(rows):
+    """The rows of `compare` -> the lines of a table for people, in percentage points."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        suites = list(dict.fromkeys(row["suite"] for row in rows if row["model"] == model))
+        lines += [f"{model}: accuracy in %, mean ± standard error over seeds; below, the difference to none, paired by seed, with its 95% interval",
+                  f"{'arm':<16}{'seeds':>5}  " + "".join(f"{suite:>26}" for suite in suites)]
+        for arm in dict.fromkeys(row["arm"] for row in rows if row["model"] == model):
+            found = {row["suite"]: row for row in rows if (row["model"], row["arm"]) == (model, arm)}
+            cells = [found.get(suite) for suite in suites]
+            lines.append(f"{arm:<16}{max(c['seeds'] for c in cells if c):>5}  " + "".join(f"{percent(c):>26}" for c in cells))
+            if any(cell and cell["difference"] is not None for cell in cells):
+                lines.append(f"{'':<23}" + "".join(f"{difference(cell):>26}" for cell in cells))
+        lines.append("")
+    return "\n".join(lines + ["none: the interval covers zero, so nothing was shown."])
+
+
+def percent(cell):
+    return "" if cell is None else f"{100 * cell['mean']:.1f}" + ("" if cell["standard_error"] is None else f" ± {100 * cell['standard_error']:.1f}")
+
+
+def difference(cell):
+    if cell is None or cell["difference"] is None:
+        return ""
+    if cell["interval"] is None:
+        return f"{100 * cell['difference']:+.1f} (one seed)"
+    low, high = (100 * end for end in cell["interval"])
+    return f"{'none ' if low <= 0 <= high else ''}{100 * cell['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def side_by_side(columns):
+    """{title: summaries} of runs on the same tasks -> a table: suites, and within them tasks, with standard errors."""
+    first = next(iter(columns.values()))
+    lines = [f"{'':<22}{'n':>5}  {'chance':>7}" + "".join(f"{title:>18}" for title in columns)]
+    for suite in dict.fromkeys(suite_of(summary["task"]) for summary in first):
+        inside = [i for i, summary in enumerate(first) if suite_of(summary["task"]) == suite]
+        cells = []
+        for summaries in columns.values():
+            mean = sum(summaries[i]["accuracy"] for i in inside) / len(inside)
+            error = math.sqrt(sum(summaries[i]["standard_error"] ** 2 for i in inside)) / len(inside)
+            cells.append(f"{mean:>11.1%} ± {error:>4.1%}")
+        lines.append(f"{suite:<36}" + "".join(cells))
+        for i in inside:
+            lines.append(f"  {first[i]['task']:<20}{first[i]['n']:>5}  {first[i]['chance']:>7.1%}" + "".join(
+                f"{summaries[i]['accuracy']:>11.1%} ± {summaries[i]['standard_error']:>4.1%}" for summaries in columns.values()))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- analysis
+
+
+@torch.inference_mode()
+def intervention_change(model, prompts, steering):
+    """How far an intervention moves what each layer's memory answers: mean over tokens of |FFN_steered(h) - FFN(h)| / |FFN(h)|, per layer,
+    on the h of the unsteered model. prompts: lists of ids."""
+    changes = torch.zeros(len(model.blocks))
+    inputs = []
+    hooks = [block.memory.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for block in model.blocks]
+    for ids in prompts:
+        model.hidden(torch.tensor([ids], device=model.embed.weight.device))
+    for hook in hooks:
+        hook.remove()
+    for n, h in enumerate(inputs):                                             # h: [1, T, d]
+        block = model.blocks[n % len(model.blocks)]
+        plain, steered = block.memory(h)[0].float(), block.memory(h, steering)[0].float()
+        changes[n % len(model.blocks)] += ((steered - plain).norm(dim=-1) / plain.norm(dim=-1)).sum().item()
+    return (changes / sum(map(len, prompts))).tolist()
+
+
+def change_line(model, prompts, steering):
+    """The sentence that says what `intervention_change` found."""
+    change = intervention_change(model, prompts, steering)
+    return (f"{arm_name(steering)} changes what the memories of this model answer by {sum(change) / len(change):.1%} (mean relative change of the FFN output; "
+            f"per layer {' '.join(f'{c:.1%}' for c in change)})")
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -206,61 +409,51 @@ def main():
 The columns: accuracy with its standard error; chance, what guessing among the allowed answers scores; strict, the accuracy under a
 stricter rule for finding the answer in a response (accuracy uses the rule of LLM-Adapters, to be comparable); unparsed, how many
 responses held no answer.""")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a run of train.py or a published checkpoint")
-    parser.add_argument("--task", required=True, metavar="A,B", help=f"a comma list of: {', '.join(TASKS)}")
-    parser.add_argument("--data", required=True, metavar="DIR", help="the folder with TASK/test.json (python data/prepare.py makes one)")
-    parser.add_argument("--score", choices=("generate", "choice"), default="generate",
-                        help="decode greedily, or rank a choice task's allowed answers by likelihood, which is fair to a model that has "
-                             "never seen the format (default: generate)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR", help="score this: a run of train.py or a published checkpoint")
+    what.add_argument("--compare", metavar="DIR", help="compare the scored runs in this folder over their seeds; scores nothing")
+    parser.add_argument("--task", metavar="A,B", help=f"a comma list of: {', '.join(TASKS)}; or of the toy world's: {', '.join(TOY)} (default: the toy world's)")
+    parser.add_argument("--data", metavar="DIR", help="the folder with TASK/test.json, as python data/prepare.py makes one (default: data/toy)")
+    parser.add_argument("--score", choices=("generate", "choice"),
+                        help="decode greedily, or rank the allowed answers by likelihood, which is fair to a model that has never seen the "
+                             "format (default: generate; choice for the toy world's facts)")
     parser.add_argument("--out", metavar="DIR", help="where responses and scores go (default: MODEL/eval)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="(default: the paper's, 32 for choice tasks, 256 for arithmetic)")
     parser.add_argument("--steered", action="store_true", help="keep the intervention that the model was trained with (the paper removes it)")
+    parser.add_argument("--change", action="store_true", help="instead of scoring, say how far the default intervention, in both readings of eq. 4, "
+                        "moves what each layer's memory answers on the tasks' prompts")
     parser.add_argument("--cache-gb", type=finite, default=2.0, metavar="X", help="memory for keys and values in decoding (default: 2)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="of the weights (default: bfloat16 on cuda, else float32)")
     parser.add_argument("--overwrite", action="store_true", help="score again what has been scored")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
 
-    tasks = {}
-    for name in split_names(args.task):
-        tasks[name] = load_examples(args.data, name, "test")[:args.limit]
-        if args.score == "choice" and TASKS[name].kind != "choice":
-            raise BadInput(f"--score choice: {name} has no short list of answers to rank; use --score generate")
-    device = pick_device(args.device)
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if args.compare:
+        if not Path(args.compare).is_dir():
+            raise BadInput(f"--compare {args.compare}: no such folder")
+        rows = compare(find_runs(args.compare))
+        return print(json.dumps(rows, indent=2) if args.json else comparison_table(rows))
+    args.task, args.data = args.task or ",".join(TOY), args.data or str(TOY_FOLDER)
+    names = split_names(args.task)
+    if args.change:
+        model, tokenizer = load(args.model, device=pick_device(args.device))
+        prompts = [tokenizer.encode(e.prompt, special=False) for name in names for e in load_examples(args.data, name, "test")[:64 // len(names) + 1]]
+        for rank_by in RANKINGS:
+            print(change_line(model, prompts, Steering("int", rank_by=rank_by)))
+        return
     steering = None
     if args.steered:
         settings = read_run(args.model).get("steering", {})
         if settings.get("method") != "int":
             raise BadInput(f"--steered: {args.model} was not trained with an intervention (--steer int), so there is none to keep")
-        steering = Steering(**{**settings, "layers": settings["layers"] and tuple(settings["layers"])})
-
-    out = Path(args.out or Path(args.model, "eval"))
-    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(args.model).glob("*.safetensors"))]
-    summaries, model = [], None
-    for name, examples in tasks.items():
-        text = json.dumps([[e.prompt, e.answer] for e in examples])
-        settings = {"task": name, "score": args.score, "dtype": args.dtype, "steered": args.steered,
-                    "max_new_tokens": args.max_new_tokens or TASKS[name].max_new_tokens, "model": args.model,
-                    "items_sha256": hashlib.sha256(text.encode()).hexdigest(), "weights": weights}
-        variant = "".join(["-choice" * (args.score == "choice"), "-steered" * args.steered, f"-first{args.limit}" * bool(args.limit)])
-        path = out / f"{name}{variant}.jsonl"
-        done = path.with_suffix(".json")
-        if done.is_file() and not args.overwrite:
-            summary = read_json(done)
-            if any(summary.get(key) != value for key, value in settings.items() if key != "model"):
-                raise BadInput(f"{done}: holds scores of other weights, items or settings; --overwrite replaces them, --out puts these elsewhere")
-            print(f"{name}: scored before, in {path}; --overwrite scores again", file=sys.stderr)
-        else:
-            if model is None:
-                model, tokenizer = load(args.model, getattr(torch, args.dtype), device)
-            summary = evaluate(model, tokenizer, examples, path, settings, steering, int(args.cache_gb * 2**30))
-        summaries.append(summary)
-    print(json.dumps(summaries, indent=2) if args.json else f"{table(summaries)}\nEvery response and verdict: {out}/*.jsonl")
+        steering = as_steering(settings)
+    out = args.out or str(Path(args.model, "eval"))
+    summaries = score(args.model, names, args.data, out, args.score, args.device, args.dtype, args.limit, args.max_new_tokens, steering,
+                      args.cache_gb, args.overwrite)
+    print(json.dumps(summaries, indent=2) if args.json else f"{table(summaries)}\nEvery response and verdict: {out}/*.jsonl (--overwrite scores again)")
 
 
 if __name__ == "__main__":

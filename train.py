@@ -1,10 +1,14 @@
 """Fine-tune a model, with or without steering its feed-forward memory.
 
+    python train.py --steer reg                                  a tiny model, in a minute or two, scored before and after
+    python train.py --steer none int reg --seed 0 1 2            the same as an experiment: every arm, every seed, compared
     python train.py --model DIR --task boolq --data data/public --steer reg --out out/boolq-reg
 
 DIR is a checkpoint folder as published for Llama 3, Qwen 2.5, Qwen 3, Gemma 2 or Gemma 3 (text). The result in --out is such a
-folder too, with settings (args.json) and one line per step (log.jsonl) beside it. Defaults are the paper's (Appendix A).
+folder too, with settings (args.json) and one line per step (log.jsonl) beside it. Without --model it is a tiny Llama that ships with
+the project (data/toy; also --model data/toy/qwen and data/toy/gemma), and the toy world's tasks.
 """
+import argparse
 import hashlib
 import json
 import math
@@ -21,16 +25,34 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import BadInput
-from data.tasks import TASKS, load as load_examples
-from eval import Parser, command, finite, load, pick_device, positive, read_run, split_names, write_whole
+from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
+from data.tokenizer import Tokenizer
+from data.world import DOCUMENTS, World, documents
+from eval import (TOY_FOLDER, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, load, pick_device, positive,
+                  read_run, score, side_by_side, split_names, write_whole)
 from infosteer import METHODS, NORMALISATIONS, RANKINGS, Steering, parse_layers
+from model import Config, Transformer
 
 try:
     import resource
 except ImportError:                    # not on Windows: there the log has no peak memory on a CPU
     resource = None
 
+# Three recipes. Every value is a flag; a flag that is not given has the value of the recipe.
+PAPER = {"epochs": 1, "steps": None, "batch": 64, "max_length": 256, "lr": 5e-5, "warmup": 100, "weight_decay": 0.01, "clip": 1.0,
+         "micro_tokens": 4096}                                                    # Appendix A
+TOY = {**PAPER, "epochs": 3, "batch": 32, "lr": 2e-4, "warmup": 20, "micro_tokens": 1024}      # fine-tuning a model in data/toy
+PRETRAIN = {**PAPER, "batch": 32, "max_length": 129, "lr": 2e-3}                  # --pretrain: making one
+TOY_SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                 rms_norm_eps=1e-6, rope_theta=10_000.0, max_position_embeddings=256, tie_word_embeddings=True)
+TOY_FAMILIES = {                       # --pretrain NAME -> what its config.json says beside the shape
+    "llama": dict(TOY_SHAPE, model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu"),
+    "qwen": dict(TOY_SHAPE, model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu"),
+    "gemma": dict(TOY_SHAPE, model_type="gemma2", architectures=["Gemma2ForCausalLM"], hidden_activation="gelu_pytorch_tanh",
+                  query_pre_attn_scalar=32, sliding_window=64, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+}
 IGNORE = -100                          # the target of tokens that are not supervised
+CONTROL = ("resume", "overwrite", "save_every", "steering", "out", "arms")      # flags that are no settings of a run
 MACHINE = ("device", "micro_tokens", "checkpoint", "versions")      # settings that --resume may change: the run stays the same
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -47,16 +69,20 @@ def number(text):
 def read_settings(argv=None):
     parser = Parser(prog="train.py", description=__doc__)
     group = parser.add_argument_group("what to train")
-    group.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder: config.json, safetensors, tokenizer files")
-    group.add_argument("--task", required=True, metavar="A,B", help="a comma list of: "
-                       f"{', '.join(name for name, task in TASKS.items() if 'train' in task.splits)}; or commonsense, the 170k mixture")
-    group.add_argument("--data", required=True, metavar="DIR", help="the folder with TASK/train.json (python data/prepare.py makes one)")
+    group.add_argument("--model", metavar="DIR", help="a checkpoint folder: config.json, safetensors, tokenizer files (default: data/toy/llama)")
+    group.add_argument("--task", metavar="A,B", help="a comma list of: "
+                       f"{', '.join(name for name, task in TASKS.items() if 'train' in task.splits)}; or commonsense, the 170k mixture; or of the toy "
+                       f"world's: {', '.join(name for name, task in TOY_TASKS.items() if 'train' in task.splits)} (default: the toy world's)")
+    group.add_argument("--data", metavar="DIR", help="the folder with TASK/train.json, as python data/prepare.py makes one (default: data/toy)")
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
-    group.add_argument("--out", required=True, metavar="DIR", help="the finished run; until then it grows in DIR.partial")
+    group.add_argument("--out", metavar="DIR", help="the finished run; until then it grows in DIR.partial. With several arms or seeds, the folder of "
+                       "their folders (default: out/MODEL-ARM-seedN)")
+    group.add_argument("--pretrain", choices=TOY_FAMILIES, help="instead of fine-tuning, make a tiny model of this family from nothing but the toy "
+                       "world's text: how those in data/toy were made")
 
     group = parser.add_argument_group("steering (a flag that means nothing for the method is refused)")
-    group.add_argument("--steer", choices=METHODS, default="none",
-                       help="none: plain fine-tuning; int: raise the smallest key coefficients in the forward pass (eq. 4); "
+    group.add_argument("--steer", choices=METHODS, nargs="+", default=["none"],
+                       help="one or several of none: plain fine-tuning; int: raise the smallest key coefficients in the forward pass (eq. 4); "
                             "reg: reward the entropy of the key distribution in the loss (eq. 5)")
     group.add_argument("--p", type=number, help="int: the fraction of the memories that is raised (default: 0.01)")
     group.add_argument("--alpha", type=number, help="int: raised to alpha times the mean (default: 1)")
@@ -67,42 +93,64 @@ def read_settings(argv=None):
                        "(default: magnitude)")
     group.add_argument("--layers", metavar="RANGES", help="int and reg: steer these layers only, from 1: 1-8 or 1,4,9-12 (default: all)")
 
-    group = parser.add_argument_group("recipe")
-    group.add_argument("--epochs", type=positive, default=1, help="(default: 1)")
+    def usual(name):
+        return f"(default: {PAPER[name]}; {TOY[name]} for the models in data/toy)" if PAPER[name] != TOY[name] else f"(default: {PAPER[name]})"
+
+    group = parser.add_argument_group("recipe (defaults: the paper's, Appendix A)")
+    group.add_argument("--epochs", type=positive, help=usual("epochs"))
     group.add_argument("--steps", type=positive, metavar="N", help="stop after N optimizer steps; the schedule ends there too")
-    group.add_argument("--batch", type=positive, default=64, help="sequences per optimizer step (default: 64, the paper's 4 x 16)")
-    group.add_argument("--max-length", type=positive, default=256, help="tokens of prompt and response; the rest is cut off (default: 256)")
-    group.add_argument("--lr", type=finite, default=5e-5, help="peak learning rate (default: 5e-5)")
-    group.add_argument("--warmup", type=int, default=100, metavar="N", help="steps of linear warm-up, before linear decay to 0 (default: 100)")
-    group.add_argument("--weight-decay", type=finite, default=0.01, help="of matrices; norms and biases have none (default: 0.01)")
-    group.add_argument("--clip", type=finite, default=1.0, help="largest gradient norm; 0 does not clip (default: 1)")
-    group.add_argument("--seed", type=int, default=0, help="order of the examples (default: 0)")
+    group.add_argument("--batch", type=positive, help=f"sequences per optimizer step; the paper's 4 x 16 {usual('batch')}")
+    group.add_argument("--max-length", type=positive, help=f"tokens of prompt and response; the rest is cut off {usual('max_length')}")
+    group.add_argument("--lr", type=finite, help=f"peak learning rate {usual('lr')}")
+    group.add_argument("--warmup", type=int, metavar="N", help=f"steps of linear warm-up, before linear decay to 0 {usual('warmup')}")
+    group.add_argument("--weight-decay", type=finite, help=f"of matrices; norms and biases have none {usual('weight_decay')}")
+    group.add_argument("--clip", type=finite, help=f"largest gradient norm; 0 does not clip {usual('clip')}")
+    group.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several: the order of the examples (default: 0)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="bf16: autocast over fp32 weights (default: bf16 on cuda, else fp32)")
-    group.add_argument("--micro-tokens", type=positive, default=4096, metavar="N",
-                       help="tokens, padding included, in one forward pass; lower it if memory is short, the gradients stay the same (default: 4096)")
+    group.add_argument("--micro-tokens", type=positive, metavar="N", help="tokens, padding included, in one forward pass; lower it if memory is short, "
+                       f"the gradients stay the same {usual('micro_tokens')}")
     group.add_argument("--checkpoint", action="store_true", help="compute activations twice instead of keeping them: less memory, 1.3 to 1.9 times the time")
     group.add_argument("--save-every", type=positive, metavar="N", help="save the state of the run every N steps, for --resume")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run, given the same flags")
     group.add_argument("--overwrite", action="store_true", help="replace a finished or interrupted run at --out")
     args = parser.parse_args(argv)
 
-    given = {name: getattr(args, name) for name in set(METHODS["int"] + METHODS["reg"]) if getattr(args, name) is not None}
-    for name in sorted(given):
-        if name not in METHODS[args.steer]:
-            parser.error(f"--{name.replace('_', '-')} means nothing with --steer {args.steer}")
-    if args.warmup < 0:
+    given = {name: getattr(args, name) for name in sorted(set(METHODS["int"] + METHODS["reg"])) if getattr(args, name) is not None}
+    for name in given:
+        if not any(name in METHODS[method] for method in args.steer):
+            parser.error(f"--{name.replace('_', '-')} means nothing with --steer {' '.join(args.steer)}")
+    if len(set(args.steer)) < len(args.steer) or len(set(args.seed)) < len(args.seed):
+        parser.error("--steer and --seed take each method and each seed once")
+    if args.warmup is not None and args.warmup < 0:
         parser.error("--warmup is below 0")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite starts it anew; give one of them")
+    if args.pretrain and (args.model or args.task or given or args.steer != ["none"] or len(args.seed) > 1):
+        parser.error("--pretrain makes one plain model of the toy world's text; it goes with no --model, --task, --steer or second --seed")
+    if args.model and not is_toy(args.model) and not (args.task and args.data):
+        parser.error(f"--model {args.model} needs --task and --data; without --model, a tiny model learns the toy world's tasks")
+
+    args.model = f"new {args.pretrain}" if args.pretrain else args.model or os.path.relpath(TOY_FOLDER / "llama")
+    args.data = args.data or os.path.relpath(TOY_FOLDER)
+    args.task = None if args.pretrain else args.task or ",".join(name for name, task in TOY_TASKS.items() if "train" in task.splits)
+    recipe = PRETRAIN if args.pretrain else TOY if is_toy(args.model) else PAPER
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     try:
-        args.steering = Steering(args.steer, **{name: value for name, value in given.items() if name != "layers"})
+        args.arms = [Steering(method, **{name: value for name, value in given.items() if name in METHODS[method] and name != "layers"}) for method in args.steer]
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def is_toy(model):
+    """Is this one of the tiny models in data/toy?"""
+    return Path(model).resolve().parent == TOY_FOLDER
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -119,6 +167,35 @@ def encode(examples, tokenizer, max_length):
         response = tokenizer.encode(example.response, bos=False, special=False) + [tokenizer.eos_id]
         rows.append(((prompt + response)[:max_length], len(prompt)))
     return rows
+
+
+def fine_tuning_data(args, device):
+    """-> model, tokenizer, rows of `encode`, a name for each row, a remark. Raises BadInput."""
+    examples = [example for name in split_names(args.task) for example in load_examples(args.data, name, "train")[:args.limit]]
+    model, tokenizer = load(args.model, torch.float32, device)
+    rows = encode(examples, tokenizer, args.max_length)
+    cut = sum(ids[-1] != tokenizer.eos_id for ids, _ in rows)
+    kept = [row for row, (ids, n_prompt) in enumerate(rows) if len(ids) > n_prompt]
+    if not kept:
+        raise BadInput(f"--max-length {args.max_length}: no example has a token of its response left; raise it")
+    remark = f"; {cut:,} were longer than {args.max_length} tokens and lost their end" if cut else ""
+    remark += f"; {len(rows) - len(kept):,} of these had no response left and are not used" if len(kept) < len(rows) else ""
+    return model, tokenizer, [rows[row] for row in kept], [f"{examples[row].task} row {examples[row].index}" for row in kept], remark
+
+
+def pretraining_data(args, device):
+    """The same for --pretrain: a new model, and the toy world's text packed into rows of max_length ids, all but the first supervised."""
+    tokenizer = Tokenizer.from_pretrained(args.data)
+    ids, text = [], hashlib.sha256()
+    for document in tqdm(documents(World()), total=DOCUMENTS, desc="writing the toy world", unit="document", disable=None):
+        ids += tokenizer.encode(document, special=False) + [tokenizer.eos_id]
+        text.update(document.encode())
+    config = Config.from_dict(dict(TOY_FAMILIES[args.pretrain], vocab_size=max(tokenizer.max_id, tokenizer.pad_id) + 1,
+                                   bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, torch_dtype="float32"))
+    stride = args.max_length - 1                       # the last id of a row is a target only, and the first id of the next
+    rows = [(ids[start:start + args.max_length], 1) for start in range(0, len(ids) - stride, stride)][:args.limit]
+    return Transformer(config).initialise(args.seed).to(device), tokenizer, rows, [f"row {row} of the text" for row in range(len(rows))], (
+        f"; SHA-256 of the text {text.hexdigest()}")
 
 
 def order_of(n, epochs, batch, seed):
@@ -187,11 +264,10 @@ def learning_rate(step, args, total):
 
 
 def train(args):
+    """One run, from its settings to its folder."""
     out = Path(args.out)
     work = out.with_name(out.name + ".partial")
     state_file, log_file = work / "state.pt", work / "log.jsonl"
-    if args.resume and read_run(out):
-        return print(f"{out} is a finished run; nothing to resume")
     if out.exists() and not read_run(out):
         raise BadInput(f"{out}: exists and is not a run of train.py, so it is never replaced; choose another --out")
     if out.exists() and not args.overwrite:
@@ -201,25 +277,15 @@ def train(args):
     if args.resume and not work.exists():
         raise BadInput(f"{work}: no interrupted run to resume; leave --resume away to start one")
 
-    # ---- data
-    examples = []
-    for name in split_names(args.task):
-        examples += load_examples(args.data, name, "train")[:args.limit]
+    # ---- data and model
     device = pick_device(args.device)
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" else "fp32"
-    model, tokenizer = load(args.model, torch.float32, device)
-    rows = encode(examples, tokenizer, args.max_length)
-    cut = sum(ids[-1] != tokenizer.eos_id for ids, _ in rows)
-    kept = [row for row, (ids, n_prompt) in enumerate(rows) if len(ids) > n_prompt]
-    if not kept:
-        raise BadInput(f"--max-length {args.max_length}: no example has a token of its response left; raise it")
-    unusable = len(rows) - len(kept)
-    examples, rows = [examples[row] for row in kept], [rows[row] for row in kept]
+    model, tokenizer, rows, names, remark = (pretraining_data if args.pretrain else fine_tuning_data)(args, device)
     lengths = [len(ids) - 1 for ids, _ in rows]
     steps = order_of(len(rows), args.epochs, args.batch, args.seed)[:args.steps]
 
-    # ---- model and steering
+    # ---- steering
     steering = args.steering
     if args.layers is not None:
         try:
@@ -235,7 +301,7 @@ def train(args):
                                   lr=args.lr, fused=True)
 
     # ---- the run's folder
-    settings = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "save_every", "steering", "out")}
+    settings = {key: value for key, value in vars(args).items() if key not in CONTROL}
     settings |= {"steering": vars(steering), "steps_total": len(steps), "examples": len(rows),
                  "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
@@ -264,10 +330,10 @@ def train(args):
 
     tokens, supervised = sum(lengths), sum(len(ids) - n_prompt for ids, n_prompt in rows)
     print(f"model      {args.model}: {sum(w.numel() for w in model.parameters()):,} parameters, {model.config.n_layers} layers of {model.config.d_m:,} memories")
-    print(f"data       {len(rows):,} examples, {tokens:,} tokens, {supervised:,} of them supervised"
-          + (f"; {cut:,} were longer than {args.max_length} tokens and lost their end" if cut else "")
-          + (f"; {unusable:,} of these had no response left and are not used" if unusable else ""))
+    print(f"data       {len(rows):,} {'rows' if args.pretrain else 'examples'}, {tokens:,} tokens, {supervised:,} of them supervised{remark}")
     print(f"steering   {steering}")
+    if steering.method == "int":
+        print(f"           {change_line(model, [ids[:n_prompt] for ids, n_prompt in rows[:64]], steering)}")
     print(f"recipe     {len(steps):,} steps of {args.batch}, lr {args.lr:g}, {args.warmup} warm-up, seed {args.seed}, {args.precision} on {device}"
           + (f"; note: the warm-up takes the whole run, --warmup sets it" if args.warmup >= len(steps) else ""))
     if start:
@@ -293,12 +359,11 @@ def train(args):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             parts = torch.stack(parts).cpu()                                   # [micro-batches, 1 + n_layers]
             lm, entropy = parts[:, 0].sum().item(), parts[:, 1:].sum(0)
-            reg = -steering.lam * entropy[rewarded].sum().item()
+            reg = 0.0 - steering.lam * entropy[rewarded].sum().item()
             if not math.isfinite(lm + reg + norm.item()):
                 bad = next((batch for batch, part in zip(batches, parts) if not part.isfinite().all()), batches[-1])
-                names = ", ".join(f"{examples[row].task} row {examples[row].index}" for row in bad[:8])
                 sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, reg_loss {reg:g}, gradient norm {norm:g}) in the batch of "
-                         f"{names}{', ...' if len(bad) > 8 else ''}; the last saved state is kept in {work}; a lower --lr often helps")
+                         f"{', '.join(names[row] for row in bad[:8])}{', ...' if len(bad) > 8 else ''}; the last saved state is kept in {work}; a lower --lr often helps")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args, len(steps))
             optimizer.step()
@@ -319,12 +384,14 @@ def train(args):
     # ---- the finished run appears as a whole
     model.save_pretrained(work)
     for name in tokenizer.files:
-        shutil.copyfile(Path(args.model, name), work / name)
+        shutil.copyfile(Path(args.data if args.pretrain else args.model, name), work / name)
+    old = out.with_name(out.name + ".old")
     if out.exists():
-        shutil.rmtree(out)
+        os.replace(out, old)                                                   # a crash from here on leaves the old run or the new one
     os.replace(work, out)
+    shutil.rmtree(old, ignore_errors=True)
     (out / "state.pt").unlink(missing_ok=True)
-    print(f"saved      {out}\nnext       python eval.py --model {out} --task {args.task} --data {args.data}")
+    print(f"saved      {out}")
 
 
 def peak_memory(device):
@@ -346,5 +413,70 @@ def save_state(path, state):
     os.replace(part, path)
 
 
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def plan(args):
+    """The runs that the flags ask for: [(settings of one run, is it finished?)], one per arm and seed. Raises BadInput."""
+    several = len(args.arms) * len(args.seed) > 1 or not args.out
+    runs = []
+    for steering, seed in ((steering, seed) for steering in args.arms for seed in args.seed):
+        arm = arm_name(steering) + (f"-layers{args.layers}" if args.layers and steering.method != "none" else "")
+        unmeant = {name: None for name in METHODS["int"] + METHODS["reg"] if name not in METHODS[steering.method]}     # flags for the other arms
+        run = argparse.Namespace(**{**vars(args), "steer": steering.method, "steering": steering, "seed": seed, **unmeant})
+        if several:
+            run.out = str(Path(args.out or "out", f"{Path(args.model).name}-{arm}-seed{seed}"))
+            run.resume = not args.overwrite and Path(run.out + ".partial").exists()
+        before = {} if args.overwrite else read_run(run.out)
+        differing = [key for key in before if key in vars(run) and key not in (*CONTROL, *MACHINE, "precision") and vars(run)[key] != before[key]]
+        if several and differing:
+            raise BadInput(f"{run.out}: a finished run with another {', '.join(differing)}; --overwrite replaces it, or choose another --out")
+        runs.append((run, bool(before) and (several or args.resume)))
+    return runs
+
+
+def main(argv=None):
+    args = read_settings(argv)
+    if args.pretrain:
+        args.out = args.out or os.path.relpath(TOY_FOLDER / args.pretrain)
+        args.steering, args.seed = args.arms[0], args.seed[0]
+        train(args)
+        return describe_pretraining(args)
+    runs = plan(args)
+    for run, finished in runs:
+        if finished:
+            print(f"{run.out} is a finished run; --overwrite trains it again")
+        else:
+            train(run)
+    if not is_toy(args.model):
+        return print(f"next       python eval.py --model {runs[0][0].out} --task {args.task} --data {args.data}")
+
+    # ---- the laptop experiment: score the base model and every run on all three suites
+    base = Path(runs[0][0].out).with_name(f"{Path(args.model).name}-base")
+    base.mkdir(parents=True, exist_ok=True)
+    write_whole(base / "args.json", json.dumps({"model": args.model, "base": True}) + "\n")
+    scores = {"base": score(args.model, list(TOY_TASKS), os.path.relpath(TOY_FOLDER), base / "eval", device=args.device, overwrite=args.overwrite)}
+    for run, _ in runs:
+        scores[f"{arm_name(run.steering)} seed {run.seed}"] = score(run.out, list(TOY_TASKS), os.path.relpath(TOY_FOLDER), device=args.device)
+    if len(runs) == 1:
+        print(f"\n{side_by_side(scores)}\n\nnext       python train.py --steer none int reg --seed 0 1 2      all arms, three seeds, compared")
+    else:
+        print(f"\n{comparison_table(compare([run for run in find_runs(base.parent) if run['model'] == args.model]))}\n\nnext       python eval.py --compare {base.parent}")
+
+
+def describe_pretraining(args):
+    """Write pretraining.json beside a new tiny model: how it was made, and how much it knows."""
+    log = [json.loads(line) for line in open(Path(args.out, "log.jsonl"), encoding="utf-8")]
+    settings, cloze = read_run(args.out), score(args.out, ["toy-cloze"], args.data, device=args.device)[0]
+    shutil.rmtree(Path(args.out, "eval"))
+    last = log[-50:]
+    write_whole(Path(args.out, "pretraining.json"), json.dumps({
+        "command": f"python train.py --pretrain {args.pretrain}", "seed": args.seed, "versions": settings["versions"], "steps": len(log),
+        "tokens": sum(line["tokens"] for line in log), "rows_sha256": settings["data_sha256"],
+        "final_loss": sum(line["lm_loss"] for line in last) / len(last), "cloze_accuracy": cloze["accuracy"], "cloze_items": cloze["n"],
+        "cloze_standard_error": cloze["standard_error"]}, indent=2) + "\n")
+    print(Path(args.out, "pretraining.json").read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":
-    command(lambda: train(read_settings()))
+    command(main)

@@ -240,6 +240,8 @@ def prepare(names, out: Path, folder: Path | None = None, mirror: str = HOST):
     """Put the files of the named tasks (none named: of all) in place and say so. Raises BadInput at the first that is wrong."""
     if folder and not folder.is_dir():
         raise BadInput(f"--from {folder}: there is no such folder")
+    if toys := [name for name in names or () if name in tasks.TOY]:
+        raise BadInput(f"{toys[0]} is a task of the toy world: nothing to fetch, python data/world.py --out data/toy generates it")
     chosen = [tasks.find(name) for name in dict.fromkeys(names or tasks.KNOWN)]
     files = [(task, split) for task in chosen for split in task.splits]
     lines, absent, trainable = [], [], []

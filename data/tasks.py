@@ -61,6 +61,12 @@ def stated_number(text):
     return found[1].replace("−", "-") + found[2].replace(",", "")
 
 
+def first_number(text):
+    """The number that a response begins with.  " 13. What is" -> "13" """
+    found = re.match(r"\s*(\d+)", text)
+    return found and found[1]
+
+
 def first_letter(text):
     """Comparable rule for AQuA: the first capital A-E, even B in "Because ... the answer is (D)", or E in "Each"."""
     found = re.search("[A-E]", text)
@@ -88,6 +94,8 @@ class Task:
     extract: Callable                      # the comparable rule
     strict: Callable
     max_new_tokens: int                    # room for the response when decoding
+    suite: str = ""                        # of the toy world's tasks: which of three means it counts in
+    score: str = "generate"                # how eval.py scores it unless told otherwise
 
 
 ADAPTERS = "AGI-Edgerunners/LLM-Adapters/main"
@@ -123,13 +131,45 @@ TASKS = {task.name: task for task in (                                    # "ans
     _arithmetic("SVAMP", test=1000),
 )}
 _ALL = tuple(dict.fromkeys(label for task in TASKS.values() if task.kind == "choice" for label in task.answers))
+
 COMMONSENSE = Task("commonsense", "choice", _ALL, 0.0, dict(train=170420), f"{ADAPTERS}/ft-training_set/commonsense_170k.json",
                    *_choice_rules(_ALL), max_new_tokens=32)               # the 8 choice tasks' training rows mixed; not one of the 15
 KNOWN = {**TASKS, "commonsense": COMMONSENSE}
 
 
+def _value(text):
+    return text.partition(TRIGGER)[2].strip() or None
+
+
+def _toy(name, kind, suite, test, train=None):
+    """A task of the toy world (world.py). "value": asked for a value, scored by ranking the item's own choices; "cloze": a sentence of
+    the pre-training text without its end, which goes on without any trigger; "number": the same, where the end is a number."""
+    rules = {"value": _value, "cloze": lambda text: text.strip() or None, "number": first_number, "arithmetic": last_number}[kind]
+    return Task(name, "cloze" if kind == "number" else kind, (), 0.0, dict(train=train, test=test) if train else dict(test=test), "",
+                rules, stated_number if kind == "arithmetic" else rules, max_new_tokens=32 if kind == "arithmetic" else 4,
+                suite=suite, score="generate" if kind in ("arithmetic", "number") else "choice")
+
+
+SUITES = ("in distribution", "new format", "retention")    # always reported apart: their mean hides what fine-tuning does
+TOY = {task.name: task for task in (
+    _toy("toy-facts", "value", SUITES[0], 300, train=1125),               # people whose questions nobody has asked
+    _toy("toy-pick", "value", SUITES[0], 200, train=875),                 # the same with three values to choose from
+    _toy("toy-sums", "arithmetic", SUITES[0], 200, train=1000),           # small stories
+    _toy("toy-facts-new", "value", SUITES[1], 300),                       # other wordings
+    _toy("toy-facts-unseen", "value", SUITES[1], 200),                    # kinds of facts that fine-tuning never asks for
+    _toy("toy-pick-unseen", "value", SUITES[1], 200),
+    _toy("toy-sums-new", "arithmetic", SUITES[1], 200),                   # other stories
+    _toy("toy-cloze", "cloze", SUITES[2], 300),                           # what the base model could do
+    _toy("toy-famous", "cloze", SUITES[2], 225),
+    _toy("toy-common", "cloze", SUITES[2], 168),
+    _toy("toy-plain", "number", SUITES[2], 200),
+)}
+
+
 def find(name: str) -> Task:
     """The task of that name. Raises BadInput for another, naming the nearest."""
+    if name in TOY:
+        return TOY[name]
     if name not in KNOWN:
         near = {known.lower(): known for known in KNOWN}   # and the names that papers use
         near |= {"siqa": "social_i_qa", "obqa": "openbookqa", "arc-e": "ARC-Easy", "arc-c": "ARC-Challenge"}
@@ -153,12 +193,16 @@ class Example:
 
 def make_prompt(task: Task, instruction: str, input: str = "") -> str:
     """The only place where a prompt is made, for training and evaluation alike, so that the two cannot differ."""
+    if task.kind == "cloze":
+        return instruction                                 # a sentence goes on where it stops
     return instruction + "\n" + (input + "\n" if input else "") + (THINK if task.kind == "arithmetic" else "")
 
 
 def make_response(task: Task, answer: str, output: str) -> str:
     """What to learn. "...\\n#### 72" -> "...\\nThe final answer is: 72"; GSM8K's <<48/2=24>> marks stay, as in ReFT."""
-    return TRIGGER + answer if task.kind == "choice" else re.sub(r"#### *([^\n]+?)\s*\Z", rf"{FINAL}\1", output)
+    if task.kind == "cloze":
+        return " " + answer
+    return TRIGGER + answer if task.kind in ("choice", "value") else re.sub(r"#### *([^\n]+?)\s*\Z", rf"{FINAL}\1", output)
 
 
 def load(data_dir, name: str, split: str) -> list[Example]:
@@ -172,9 +216,10 @@ def load(data_dir, name: str, split: str) -> list[Example]:
     try:
         return parse(path.read_bytes(), path, task, split)
     except (FileNotFoundError, NotADirectoryError):
-        have = ", ".join(known for known in KNOWN if (folder / known / f"{split}.json").is_file())
+        command = "python data/world.py" if task.suite else f"python data/prepare.py {name}"
+        have = ", ".join(known for known in {**KNOWN, **TOY} if (folder / known / f"{split}.json").is_file())
         there = f"{folder} has {split} files for: {have or 'no task'}" if folder.is_dir() else f"there is no folder {folder}"
-        raise BadInput(f"{path} is missing ({there}); fetch it with: python data/prepare.py {name} --out {folder}") from None
+        raise BadInput(f"{path} is missing ({there}); make it with: {command} --out {folder}") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot read it ({error.strerror})") from None
 
@@ -221,6 +266,10 @@ def _example(row, index, task, split):
         choices = tuple(listed[1].split("/"))
         if not set(choices) <= set(task.answers) or len(set(choices)) < len(choices):
             raise BadInput(f"its answer format is {listed[1]}, but the answers of {task.name} are {'/'.join(task.answers)}")
+    if task.kind in ("value", "cloze") and "choices" in row:                  # the values of its kind
+        if not isinstance(row["choices"], list) or len(row["choices"]) < 2 or not all(isinstance(choice, str) for choice in row["choices"]):
+            raise BadInput('"choices" must be a list of two or more answers')
+        choices = tuple(row["choices"])
     if choices and answer not in choices:
         raise BadInput(f'"answer" is {answer!r:.40}, not one of {"/".join(choices)}')
     if not choices and not re.fullmatch(r"-?\d{1,200}(\.\d+)?(e[-+]?\d\d)?", answer):      # neither nan nor inf nor 1e999 passes

@@ -446,7 +446,7 @@ def test_a_port_that_cannot_exist_is_one_line(site, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["bolq"], "did you mean boolq?"), (["../../etc"], "there is no task '../../etc'"), (["boolq/../piqa"], "there is no task"),
+    (["toy-facts"], "data/world.py"), (["bolq"], "did you mean boolq?"), (["../../etc"], "there is no task '../../etc'"), (["boolq/../piqa"], "there is no task"),
     (["--fro", "x"], "unrecognized arguments"), (["--from", "a", "--mirror", "http://b"], "not allowed with"), (["--out"], "expected one argument")])
 def test_a_wrong_command_is_one_line(tmp_path, capsys, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path)

@@ -134,9 +134,9 @@ def place(tmp_path_factory):
 
 def run(place, out, *flags):
     """train.py in this process; returns the weights and the log."""
-    train.train(train.read_settings([
+    train.main([
         "--model", str(place / "base"), "--task", "boolq", "--data", str(place / "data"), "--out", str(place / out), "--batch", "8",
-        "--lr", "1e-3", "--warmup", "2", "--device", "cpu", *flags]))
+        "--lr", "1e-3", "--warmup", "2", "--device", "cpu", *flags])
     return load_file(place / out / "model.safetensors"), [json.loads(line) for line in open(place / out / "log.jsonl")]
 
 
@@ -226,7 +226,7 @@ def test_checkpointing_and_micro_batches_change_speed_only(place):
 def test_overwrite_and_resume_of_a_finished_run(place, capsys):
     first, _ = run(place, "done")
     run(place, "done", "--resume")
-    assert "finished run; nothing to resume" in capsys.readouterr().out
+    assert "is a finished run" in capsys.readouterr().out
     again, _ = run(place, "done", "--overwrite", "--seed", "5")
     assert not same(first, again) and not (place / "done.partial").exists()
 

@@ -21,9 +21,9 @@ def place(tmp_path_factory):
     write_task(folder / "data", "boolq", "train", [(question, "true") for question, _ in QUESTIONS])
     write_task(folder / "data", "boolq", "test", QUESTIONS)
     write_task(folder / "data", "winogrande", "test", [("_ is 1. Option1: a Option2: b Answer format: option1/option2", "option1")] * 5)
-    train.train(train.read_settings([
+    train.main([
         "--model", str(folder / "base"), "--task", "boolq", "--data", str(folder / "data"), "--out", str(folder / "run"), "--batch", "8",
-        "--epochs", "12", "--lr", "1e-2", "--warmup", "2", "--device", "cpu", "--steer", "int", "--p", "0.05"]))
+        "--epochs", "12", "--lr", "1e-2", "--warmup", "2", "--device", "cpu", "--steer", "int", "--p", "0.05"])
     return folder
 
 

@@ -30,7 +30,7 @@ def call(module, place, monkeypatch, capsys, *flags):
     flags = [str(flag).replace("HERE", str(place)) for flag in flags]
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
     try:
-        evaluation.command(lambda: train.train(train.read_settings()) if module is train else evaluation.main())
+        evaluation.command(lambda: train.main() if module is train else evaluation.main())
     except SystemExit as stop:
         return stop.code, capsys.readouterr().err
     return 0, capsys.readouterr().err
@@ -76,7 +76,7 @@ def refused(module, flags, word, place, monkeypatch, capsys):
 
 VALUES = [                                             # command, flag, its value, a word of the message
     (train, "--model", "HERE/nowhere", "no such folder"), (train, "--model", "HERE/data/boolq/train.json", "no such folder"),
-    (train, "--task", "bool", "did you mean boolq"), (train, "--task", "boolq,boolq", "different task names"), (train, "--task", "", "different task names"),
+    (train, "--task", "bool", "did you mean boolq"), (train, "--task", "boolq,boolq", "different task names"), (train, "--task", "", "needs --task and --data"), (train, "--task", "boolq,", "different task names"),
     (train, "--task", "AddSub", "AddSub has no training split"), (train, "--task", "piqa", "prepare.py"), (train, "--data", "HERE/nowhere", "prepare.py"),
     (eval, "--task", "boolq,hellaswag", "hellaswag"), (eval, "--model", "HERE/nowhere", "no such folder"), (eval, "--task", "commonsense", "commonsense"),
 ]

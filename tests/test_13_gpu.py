@@ -44,9 +44,9 @@ def test_a_bf16_run_follows_the_fp32_run(tmp_path, method):
     write_task(tmp_path / "data", "boolq", "train", [(f"is {i} an even number?", str(i % 2 == 0).lower()) for i in range(60)])
     losses = {}
     for precision in ("fp32", "bf16"):
-        train.train(train.read_settings([
+        train.main([
             "--model", str(tmp_path / "base"), "--task", "boolq", "--data", str(tmp_path / "data"), "--out", str(tmp_path / precision),
-            "--batch", "8", "--lr", "1e-3", "--warmup", "2", "--steer", method, "--precision", precision, "--device", "cuda"]))
+            "--batch", "8", "--lr", "1e-3", "--warmup", "2", "--steer", method, "--precision", precision, "--device", "cuda"])
         losses[precision] = [json.loads(line)["loss"] for line in open(tmp_path / precision / "log.jsonl")]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02) and losses["bf16"][-1] < losses["bf16"][0]
     assert Steering(method).method == json.loads((tmp_path / "bf16" / "args.json").read_text())["steering"]["method"]
