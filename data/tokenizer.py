@@ -9,7 +9,6 @@ A tokenizer's file describes five steps, and `Tokenizer.encode` takes them in th
 The ids are those of Hugging Face's fast tokenizers for the same files, whatever the text.
 """
 import base64
-import json
 import re
 import unicodedata
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data import BadInput
+from data import BadInput, read_json
 
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt"]
 
@@ -352,13 +351,6 @@ def reading(path):
     except (OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{path}: cannot be read as a tokenizer's file ({what}); fetch it again") from error
-
-
-def read_json(path):
-    with reading(path):
-        contents = json.loads(path.read_text("utf-8"))
-        check(isinstance(contents, dict), "expected a JSON object")
-        return contents
 
 
 def read_tiktoken(path):

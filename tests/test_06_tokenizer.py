@@ -395,10 +395,10 @@ def test_a_file_of_another_kind_is_refused_in_one_line(name, edit, message, tmp_
 @pytest.mark.parametrize("files, blamed, message", [
     ({}, "", "no tokenizer"),
     ({"vocab.json": b"{}"}, "", "no tokenizer"),
-    ({"tokenizer.json": b"{\"model\": "}, "tokenizer.json", "cannot be read"),
+    ({"tokenizer.json": b"{\"model\": "}, "tokenizer.json", "not readable as JSON"),
     ({"tokenizer.json": b"[1, 2]"}, "tokenizer.json", "JSON object"),
-    ({"tokenizer.json": b"\xff\xfe"}, "tokenizer.json", "cannot be read"),
-    ({"tokenizer.json": b"[" * 100_000}, "tokenizer.json", "cannot be read"),
+    ({"tokenizer.json": b"\xff\xfe"}, "tokenizer.json", "not readable as JSON"),
+    ({"tokenizer.json": b"[" * 100_000}, "tokenizer.json", "not readable as JSON"),
     ({"tokenizer.model": b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"}, "tokenizer.model", "put tokenizer.json beside it"),
     ({"tokenizer.model": b""}, "tokenizer.model", "SentencePiece"),
     ({"tokenizer.model": b"IQ== 0\nIQ== 1\n"}, "tokenizer.model", "two lines"),
@@ -407,7 +407,7 @@ def test_a_file_of_another_kind_is_refused_in_one_line(name, edit, message, tmp_
     ({"vocab.json": b"{\"a\": 0}", "merges.txt": b"a b c\n"}, "merges.txt", "two tokens"),
     ({"vocab.json": b"{\"a\": 0}", "merges.txt": b""}, "vocab.json", "256 bytes"),
     ({"vocab.json": b"{}", "merges.txt": b"", "tokenizer_config.json": b"{\"tokenizer_class\": \"GPT2Tokenizer\"}"}, "tokenizer_config.json", "GPT2Tokenizer"),
-    ({"tokenizer.json": b"{}", "tokenizer_config.json": b"{"}, "tokenizer_config.json", "cannot be read"),
+    ({"tokenizer.json": b"{}", "tokenizer_config.json": b"{"}, "tokenizer_config.json", "not readable as JSON"),
 ])
 def test_missing_and_malformed_files_are_named(files, blamed, message, tmp_path):
     for file, contents in files.items():
