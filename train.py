@@ -471,7 +471,8 @@ def describe_pretraining(args):
     shutil.rmtree(Path(args.out, "eval"))
     last = log[-50:]
     write_whole(Path(args.out, "pretraining.json"), json.dumps({
-        "command": f"python train.py --pretrain {args.pretrain}", "seed": args.seed, "versions": settings["versions"], "steps": len(log),
+        "command": f"python train.py --pretrain {args.pretrain}", "seed": args.seed, "versions": settings["versions"], "threads": torch.get_num_threads(),
+        "steps": len(log),
         "tokens": sum(line["tokens"] for line in log), "rows_sha256": settings["data_sha256"],
         "final_loss": sum(line["lm_loss"] for line in last) / len(last), "cloze_accuracy": cloze["accuracy"], "cloze_items": cloze["n"],
         "cloze_standard_error": cloze["standard_error"]}, indent=2) + "\n")
