@@ -260,16 +260,8 @@ def suite_of(task):
     return find(task).suite or task
 
 
-def by_suite(summaries):
-    """Summaries of one run -> {suite: accuracy}, the mean over the suite's tasks."""
-    suites = {}
-    for summary in summaries:
-        suites.setdefault(suite_of(summary["task"]), []).append(summary["accuracy"])
-    return {suite: sum(values) / len(values) for suite, values in suites.items()}
-
-
 def find_runs(folder):
-    """Finished, scored runs in a folder: [{"model", "arm", "seed", "suites": {suite: accuracy}, "folder"}]."""
+    """Finished, scored runs in a folder: [{"model", "arm", "seed", "scores": {task: accuracy}}]."""
     runs = []
     for path in sorted(Path(folder).glob("*/args.json")):
         settings, run = read_run(path.parent), path.parent
@@ -277,7 +269,8 @@ def find_runs(folder):
         if run.suffix in (".partial", ".old") or not summaries or "model" not in settings:
             continue
         arm = "base" if settings.get("base") else arm_name(as_steering(settings["steering"]))
-        runs.append({"model": settings["model"], "arm": arm, "seed": settings.get("seed"), "suites": by_suite(summaries), "folder": str(run)})
+        runs.append({"model": settings["model"], "arm": arm, "seed": settings.get("seed"),
+                     "scores": {summary["task"]: summary["accuracy"] for summary in summaries}})
     if not runs:
         raise BadInput(f"{folder}: no scored run of train.py in this folder; python train.py --steer reg makes one")
     return runs
@@ -292,16 +285,21 @@ def compare(runs):
     """Mean over seeds with standard error, and the difference to plain fine-tuning paired by seed with its 95% interval.
 
     -> [{"model", "arm", "suite", "seeds", "mean", "standard_error", "difference", "interval"}]; None where there is nothing to say.
-    A difference whose interval covers zero is none.
+    The accuracy of a suite is the mean over its tasks, and a run that has not been scored on all that others of its model have is left
+    out of that suite. A difference whose interval covers zero is none.
     """
     rows = []
-    suites = list(dict.fromkeys([s for s in SUITES for run in runs if s in run["suites"]] + [s for run in runs for s in run["suites"]]))
+    found = {suite_of(task) for run in runs for task in run["scores"]}
+    suites = [suite for suite in SUITES if suite in found] + sorted(found - set(SUITES))
     order = {"base": 0, "none": 1}
     for model in dict.fromkeys(run["model"] for run in runs):
         for arm in sorted({run["arm"] for run in runs if run["model"] == model}, key=lambda arm: (order.get(arm, 2), arm)):
             for suite in suites:
+                tasks = {task for run in runs if run["model"] == model for task in run["scores"] if suite_of(task) == suite}
+
                 def at(arm):
-                    return {run["seed"]: run["suites"][suite] for run in runs if (run["model"], run["arm"]) == (model, arm) and suite in run["suites"]}
+                    return {run["seed"]: sum(run["scores"][task] for task in tasks) / len(tasks) for run in runs
+                            if (run["model"], run["arm"]) == (model, arm) and tasks and tasks <= run["scores"].keys()}
                 ours, plain = at(arm), at("none")
                 if not ours:
                     continue

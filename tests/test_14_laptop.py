@@ -109,9 +109,10 @@ def test_several_arms_and_seeds_end_in_a_comparison_and_finished_runs_are_skippe
 
 def test_seeds_become_a_mean_a_standard_error_and_a_paired_interval():
     def runs(arm, *accuracies):
-        return [dict(model="m", arm=arm, seed=seed, suites={"retention": accuracy}) for seed, accuracy in enumerate(accuracies)]
+        return [dict(model="m", arm=arm, seed=seed, scores={"toy-cloze": accuracy, "toy-plain": accuracy}) for seed, accuracy in enumerate(accuracies)]
 
-    rows = {row["arm"]: row for row in evaluation.compare(runs("none", 0.50, 0.60, 0.70) + runs("reg", 0.52, 0.63, 0.71) + runs("int", 0.40, 0.51, 0.59) + runs("base", 0.1))}
+    rows = {row["arm"]: row for row in evaluation.compare(runs("none", 0.50, 0.60, 0.70) + runs("reg", 0.52, 0.63, 0.71) + runs("int", 0.40, 0.51, 0.59) + runs("base", 0.1)
+                                                 + [dict(model="m", arm="reg", seed=3, scores={"toy-cloze": 0.9})])}      # half scored: left out
     assert rows["none"]["mean"] == pytest.approx(0.6) and rows["none"]["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
     assert rows["none"]["difference"] is None and rows["base"]["standard_error"] is None
     # differences of reg: 0.02, 0.03, 0.01: mean 0.02, standard deviation 0.01, and t(0.975, 2) = 4.303
