@@ -1,4 +1,5 @@
 """Everything that is text or a file of text: tokenizers, tasks, and fetching them."""
+import argparse
 import json
 from pathlib import Path
 
@@ -8,6 +9,13 @@ class BadInput(ValueError):
 
     Commands print it and exit with status 2. Everything else that goes wrong is a bug and keeps its traceback.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line; the usage is a --help away."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def read_json(path, kind=dict):

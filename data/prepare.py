@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))              # so that this file also runs as a co
 
 from tqdm import tqdm  # noqa: E402
 
-from data import BadInput, tasks  # noqa: E402
+from data import BadInput, Parser, tasks  # noqa: E402
 
 HOST = "https://raw.githubusercontent.com"
 TIMEOUT, BACKOFF = 30, (1, 2, 4, 8)        # seconds: of silence before a connection counts as cut; of waiting before each new attempt
@@ -274,11 +274,6 @@ def address(text):
     if not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:\d+)?(/[!-~]*)?", text) or "?" in text or "#" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not an http:// or https:// address to which paths can be added")
     return text
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):              # one line; the usage is a --help away
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(argv=None):

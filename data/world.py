@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # so that t
 
 from tqdm import tqdm  # noqa: E402
 
-from data import BadInput  # noqa: E402
+from data import BadInput, Parser  # noqa: E402
 from data.tasks import FINAL, THINK, TRIGGER  # noqa: E402
 from data.tokenizer import CHAR_TO_BYTE  # noqa: E402
 
@@ -369,11 +369,6 @@ def write(out, seed=SEED, corpus=False):
     if corpus:
         bar = tqdm(documents(world), total=DOCUMENTS, desc="corpus", unit="doc", disable=None)
         write_whole(out / "corpus.txt", (document + "\n" for document in bar))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):              # one line; the usage is a --help away
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(argv=None):
