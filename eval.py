@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import BadInput, read_json
 from data.tasks import SUITES, TASKS, TOY, chance, find, judge, load as load_examples, make_response
 from data.tokenizer import Tokenizer
-from infosteer import METHODS, RANKINGS, Steering
+from infosteer import (METHODS, RANKINGS, Steering, divergence, entropy, format_layers, spherical_kmeans, split_groups, surrogates)
 from model import Transformer
 
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"        # the toy world's tasks and models, which ship with the project
@@ -242,15 +244,16 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 def as_steering(settings):
     """The Steering that a run's args.json describes."""
-    return Steering(**{**settings, "layers": settings["layers"] and tuple(settings["layers"])})
+    layers = settings.get("layers")
+    return Steering(**{**settings, "layers": layers and {int(layer): here for layer, here in layers.items()}})
 
 
 def arm_name(steering):
     """A short name of a steering: its method and what differs from the defaults. Steering("int", p=0.05) -> "int-p0.05"."""
     usual = vars(Steering(steering.method))
-    unusual = {key: value for key, value in vars(steering).items() if key in METHODS[steering.method] and value != usual[key]}
+    unusual = {key: value for key, value in steering.settings.items() if key != "method" and value != usual[key]}
     if "layers" in unusual:
-        unusual["layers"] = ",".join(map(str, unusual["layers"]))
+        unusual["layers"] = format_layers(unusual["layers"]).replace(":", "@")             # a folder's name may hold no colon everywhere
     return "-".join([steering.method, *(str(value) if isinstance(usual[key], str) else f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
                                         for key, value in unusual.items())])
 
@@ -356,39 +359,163 @@ def difference(cell):
 def side_by_side(columns):
     """{title: summaries} of runs on the same tasks -> a table: suites, and within them tasks, with standard errors."""
     first = next(iter(columns.values()))
-    lines = [f"{'':<22}{'n':>5}  {'chance':>7}" + "".join(f"{title:>18}" for title in columns)]
+    widths = [max(18, len(title) + 2) for title in columns]
+    lines = [f"{'':<22}{'n':>5}  {'chance':>7}" + "".join(f"{title:>{width}}" for title, width in zip(columns, widths))]
     for suite in dict.fromkeys(suite_of(summary["task"]) for summary in first):
         inside = [i for i, summary in enumerate(first) if suite_of(summary["task"]) == suite]
         cells = []
-        for summaries in columns.values():
+        for summaries, width in zip(columns.values(), widths):
             mean = sum(summaries[i]["accuracy"] for i in inside) / len(inside)
             error = math.sqrt(sum(summaries[i]["standard_error"] ** 2 for i in inside)) / len(inside)
-            cells.append(f"{mean:>11.1%} ± {error:>4.1%}")
+            cells.append(f"{mean:>{width - 7}.1%} ± {error:>4.1%}")
         lines.append(f"{suite:<36}" + "".join(cells))
         for i in inside:
             lines.append(f"  {first[i]['task']:<20}{first[i]['n']:>5}  {first[i]['chance']:>7.1%}" + "".join(
-                f"{summaries[i]['accuracy']:>11.1%} ± {summaries[i]['standard_error']:>4.1%}" for summaries in columns.values()))
+                f"{summaries[i]['accuracy']:>{width - 7}.1%} ± {summaries[i]['standard_error']:>4.1%}" for summaries, width in zip(columns.values(), widths)))
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------- analysis
+# ------------------------------------------------------------------------------------------------------ looking at memories
+
+
+@torch.inference_mode()
+def watch(model, texts, see, steering=None, desc=None):
+    """Run the model on lists of ids, one at a time, and call see(layer, h, k, row) in every layer: what the memory was asked, h [T, d], and its
+    key coefficients k [T, d_m], the input of the down projection. A bar named `desc` shows progress."""
+    handles = []
+    for layer, block in enumerate(model.blocks):
+        def caught(memory, inputs, output=None, layer=layer):
+            now.setdefault(layer, []).append(inputs[0][0])
+        handles += [block.memory.register_forward_pre_hook(caught), block.memory.values.register_forward_pre_hook(caught)]
+    try:
+        for row, ids in enumerate(tqdm(texts, desc=desc, unit="text", disable=None if desc else True)):
+            now = {}                                                           # layer -> [h, k]
+            model.hidden(torch.tensor([ids], device=model.embed.weight.device), steering)
+            for layer, (h, k) in now.items():
+                see(layer, h, k, row)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# What the fine-grained methods know of the memories is found out before training and kept beside the run.
+PROFILE = "memory_profile.safetensors"
+DEVELOPMENT = 256                      # rows of the training data that show how memories are used
+PATTERN_TOKENS = 512                   # their tokens whose key coefficients tell memories apart
+CENTRE_TOKENS = 16_384                 # tokens among which the centres of like tokens are found
+
+
+@torch.inference_mode()
+def memory_profile(model, rows, steering, seed=0):
+    """What a fine-grained method must know of the memories beforehand (Appendix B), see METHODS[...].needs: {name: [n_layers, d_m, ...]}.
+
+        semantic, activation     the group of each memory
+        usage                    mean |k_i| over the tokens of the development set: DEVELOPMENT rows of the training data, drawn by seed
+        entropy, divergence      H(P_i) and KL(P_target || P_i) in nats; P_target is the frequency of tokens in the training responses
+        says                     P_i summed over groups of like tokens
+
+    rows: the training data, [(ids, number of prompt ids)].
+    """
+    needs, L, d_m, device = METHODS[steering.method].needs, model.config.n_layers, model.config.d_m, model.embed.weight.device
+    decode = model.embed.weight if model.head is None else model.head.weight               # [V, d]
+    profile = {}
+    if "usage" in needs:
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:DEVELOPMENT].tolist()
+        texts = [rows[row][0][:-1] for row in chosen]
+        ends = torch.tensor([len(ids) for ids in texts]).cumsum(0)
+        sampled = torch.linspace(0, ends[-1] - 1, min(PATTERN_TOKENS, int(ends[-1]))).long().to(device)
+        usage = torch.zeros(L, d_m, device=device)
+        patterns = torch.zeros(L, d_m, len(sampled), dtype=torch.bfloat16, device=device) if "activation" in needs else None
+
+        def see(layer, h, k, row):                                             # k: [T, d_m]
+            usage[layer] += k.float().abs().sum(0) / ends[-1]
+            if patterns is not None:
+                at = sampled - (int(ends[row]) - len(k))
+                inside = (at >= 0) & (at < len(k))
+                patterns[layer][:, inside] = k[at[inside]].abs().T.to(torch.bfloat16)
+
+        watch(model, texts, see, desc="watching memories")
+        profile["usage"] = usage
+        bar = tqdm(range(L), desc="grouping memories", unit="layer", disable=None)
+        profile["semantic"] = torch.stack([spherical_kmeans(model.blocks[layer].memory.values.weight.T, steering.groups, seed)[0] for layer in bar])
+        if patterns is not None:
+            bar = tqdm(range(L), desc="splitting groups", unit="layer", disable=None)
+            profile["activation"] = torch.stack([split_groups(profile["semantic"][layer], patterns[layer], steering.subgroups, seed) for layer in bar])
+        return profile
+    target = torch.bincount(torch.tensor([i for ids, n_prompt in rows for i in ids[n_prompt:]]), minlength=len(decode)).to(device).float()      # [V]
+    target /= target.sum()
+    if "says" in needs:
+        bucket = token_groups(decode, steering.buckets, seed)                  # [V]
+        profile["says"] = torch.zeros(L, d_m, int(bucket.max()) + 1, device=device)
+    else:
+        profile = {"entropy": torch.zeros(L, d_m, device=device), "divergence": torch.zeros(L, d_m, device=device)}
+    with tqdm(total=L * d_m, desc="decoding memories", unit="memory", disable=None) as bar:
+        for layer, block in enumerate(model.blocks):
+            for here, log_p in surrogates(block.memory.values.weight.T, decode):
+                if "says" in needs:
+                    profile["says"][layer, here].index_add_(1, bucket, log_p.exp())
+                else:
+                    profile["entropy"][layer, here], profile["divergence"][layer, here] = entropy(log_p), divergence(target, log_p)
+                bar.update(len(log_p))
+    return profile
+
+
+def token_groups(decode, n, seed):
+    """Tokens grouped by the cosine of their rows in the LM head: decode [V, d] -> [V] long. The centres are found among some of them."""
+    if n >= len(decode):
+        return torch.arange(len(decode), device=decode.device)
+    some = torch.randperm(len(decode), generator=torch.Generator().manual_seed(seed))[:CENTRE_TOKENS]
+    _, centres = spherical_kmeans(decode[some.to(decode.device)], n, seed)
+    return torch.cat([(piece.float() @ centres.T).argmax(-1) for piece in decode.split(CENTRE_TOKENS)])
+
+
+def fingerprint(model):
+    """The length of each layer's memory, [n_layers] fp32: tells models apart."""
+    return torch.stack([block.memory.values.weight.detach().float().norm() for block in model.blocks]).cpu()
+
+
+def save_profile(path, profile, model, steering):
+    part = Path(f"{path}.part")
+    save_file({**{name: tensor.cpu().contiguous() for name, tensor in profile.items()}, "fingerprint": fingerprint(model)}, part,
+              {name: json.dumps(steering.settings.get(name)) for name in ("method", "groups", "subgroups", "buckets")})
+    os.replace(part, path)
+
+
+def load_profile(path, model, steering):
+    """Read what `save_profile` wrote, for the method of `steering`. Raises BadInput for a file that is none, or of another model or method."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            made, found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a readable memory profile ({error})") from None
+    needs, shape = METHODS[steering.method].needs, [model.config.n_layers, model.config.d_m]
+    missing = [name for name in (*needs, "fingerprint") if name not in found]
+    if missing:
+        raise BadInput(f"{path}: has no {', '.join(missing)}, which --steer {steering.method} needs; it was made for --steer {made.get('method', '?')}")
+    wrong = [f"{name} {list(found[name].shape)} (expected {shape})" for name in needs if list(found[name].shape[:2]) != shape]
+    if wrong or found["fingerprint"].shape != (shape[0],) or not torch.allclose(found["fingerprint"], fingerprint(model), rtol=1e-3):
+        raise BadInput(f"{path}: was made for another model{': ' + '; '.join(wrong) if wrong else ''}")
+    for name in ("groups", "subgroups", "buckets"):
+        if name in steering.settings and made.get(name) != json.dumps(getattr(steering, name)):
+            raise BadInput(f"{path}: was made with {name} {made.get(name)}, not {getattr(steering, name)}; give --{name} {made.get(name)}")
+    for name in needs:
+        tensor = found[name]
+        grouped = name in ("semantic", "activation")
+        if grouped != (tensor.dtype == torch.long) or not (0 <= tensor.min() and tensor.max() < shape[1] if grouped else tensor.isfinite().all()):
+            raise BadInput(f"{path}: {name} holds what cannot be; make the profile again")
+    return {name: found[name].to(model.embed.weight.device) for name in needs}
 
 
 @torch.inference_mode()
 def intervention_change(model, prompts, steering):
     """How far an intervention moves what each layer's memory answers: mean over tokens of |FFN_steered(h) - FFN(h)| / |FFN(h)|, per layer,
     on the h of the unsteered model. prompts: lists of ids."""
-    changes = torch.zeros(len(model.blocks))
-    inputs = []
-    hooks = [block.memory.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for block in model.blocks]
-    for ids in prompts:
-        model.hidden(torch.tensor([ids], device=model.embed.weight.device))
-    for hook in hooks:
-        hook.remove()
-    for n, h in enumerate(inputs):                                             # h: [1, T, d]
-        block = model.blocks[n % len(model.blocks)]
-        plain, steered = block.memory(h)[0].float(), block.memory(h, steering)[0].float()
-        changes[n % len(model.blocks)] += ((steered - plain).norm(dim=-1) / plain.norm(dim=-1)).sum().item()
+    inputs, changes = [], torch.zeros(len(model.blocks))
+    watch(model, prompts, lambda layer, h, k, row: inputs.append((layer, h)))
+    for layer, h in inputs:                                                    # h: [T, d]
+        memory = model.blocks[layer].memory
+        plain, steered = memory(h)[0].float(), memory(h, steering.at(layer))[0].float()
+        changes[layer] += ((steered - plain).norm(dim=-1) / plain.norm(dim=-1)).sum().item()
     return (changes / sum(map(len, prompts))).tolist()
 
 
@@ -399,6 +526,11 @@ def change_line(model, prompts, steering):
             f"per layer {' '.join(f'{c:.1%}' for c in change)})")
 
 
+# ------------------------------------------------------------------------------------------------------------ analyses
+# Each takes the command's arguments and returns (what --json prints, what people read).
+
+ANALYSES = {}
+
 # -------------------------------------------------------------------------------------------------------------- command
 
 
@@ -407,9 +539,11 @@ def main():
 The columns: accuracy with its standard error; chance, what guessing among the allowed answers scores; strict, the accuracy under a
 stricter rule for finding the answer in a response (accuracy uses the rule of LLM-Adapters, to be comparable); unparsed, how many
 responses held no answer.""")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="DIR", help="score this: a run of train.py or a published checkpoint")
-    what.add_argument("--compare", metavar="DIR", help="compare the scored runs in this folder over their seeds; scores nothing")
+    parser.add_argument("--model", metavar="DIR", nargs="+", help="a run of train.py or a published checkpoint; --analyse flux takes several (default, where "
+                        "something is analysed: data/toy/llama)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--compare", metavar="DIR", help="instead of scoring: compare the scored runs in this folder over their seeds")
+    what.add_argument("--analyse", choices=ANALYSES, help="instead of scoring: " + "; ".join(f"{name}: {doc}" for name, (_, doc) in ANALYSES.items()))
     parser.add_argument("--task", metavar="A,B", help=f"a comma list of: {', '.join(TASKS)}; or of the toy world's: {', '.join(TOY)} (default: the toy world's)")
     parser.add_argument("--data", metavar="DIR", help="the folder with TASK/test.json, as python data/prepare.py makes one (default: data/toy)")
     parser.add_argument("--score", choices=("generate", "choice"),
@@ -419,7 +553,7 @@ responses held no answer.""")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="(default: the paper's, 32 for choice tasks, 256 for arithmetic)")
     parser.add_argument("--steered", action="store_true", help="keep the intervention that the model was trained with (the paper removes it)")
-    parser.add_argument("--change", action="store_true", help="instead of scoring, say how far the default intervention, in both readings of eq. 4, "
+    what.add_argument("--change", action="store_true", help="instead of scoring: say how far the default intervention, in both readings of eq. 4, "
                         "moves what each layer's memory answers on the tasks' prompts")
     parser.add_argument("--cache-gb", type=finite, default=2.0, metavar="X", help="memory for keys and values in decoding (default: 2)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -427,13 +561,26 @@ responses held no answer.""")
                         help="of the weights (default: bfloat16 on cuda, else float32)")
     parser.add_argument("--overwrite", action="store_true", help="score again what has been scored")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+    group = parser.add_argument_group("analyses")
+    group.add_argument("--runs", metavar="DIR", default="out", help="regions, layers, magnitude, ood: the folder of train.py's runs (default: out)")
+    group.add_argument("--items", type=positive, metavar="N", default=100, help="items or texts that are looked at (default: 100)")
     args = parser.parse_args()
 
+    if not (args.model or args.compare or args.analyse):
+        parser.error("give --model DIR to score it, or --compare or --analyse")
+    if args.analyse:
+        args.model = args.model or [os.path.relpath(TOY_FOLDER / "llama")]
+        result, text = ANALYSES[args.analyse][0](args)
+        return print(json.dumps(result, indent=2) if args.json else text)
     if args.compare:
         if not Path(args.compare).is_dir():
             raise BadInput(f"--compare {args.compare}: no such folder")
         rows = compare(find_runs(args.compare))
         return print(json.dumps(rows, indent=2) if args.json else comparison_table(rows))
+    if len(args.model) > 1:
+        parser.error("--model takes several folders only with --analyse flux")
+    args.model, = args.model
     args.task, args.data = args.task or ",".join(TOY), args.data or str(TOY_FOLDER)
     names = split_names(args.task)
     if args.change:
@@ -445,7 +592,7 @@ responses held no answer.""")
     steering = None
     if args.steered:
         settings = read_run(args.model).get("steering", {})
-        if settings.get("method") != "int":
+        if not METHODS.get(settings.get("method"), METHODS["none"]).change:
             raise BadInput(f"--steered: {args.model} was not trained with an intervention (--steer int), so there is none to keep")
         steering = as_steering(settings)
     out = args.out or str(Path(args.model, "eval"))

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import BadInput, read_json
-from infosteer import intervene, key_entropy
 
 # ---------------------------------------------------------------------------------------------------------- configuration
 
@@ -230,13 +229,11 @@ class KeyValueMemory(nn.Module):
 
     def forward(self, h, steering=None):                                       # h: [B, T, d]
         k = self.act(self.key_gate(h)) * self.key_up(h)                        # [B, T, d_m]  key coefficients
-        flux = None
+        flux = reward = None
         if steering is not None:
-            if steering.method == "int":                                       # raise the smallest (eq. 4)
-                k = intervene(k, steering.p, steering.alpha, steering.rank_by)
-            rewarded = steering.method == "reg"                                # the loss rewards the entropy (eq. 5), else it is only seen
-            flux = key_entropy(k if rewarded else k.detach(), steering.normalise)    # [B, T]  nats
-        return self.values(k), flux                                            # [B, T, d]    sum_i k_i v_i
+            k = steering.change(k)                                             # int, and others of the forward pass: raise the smallest (eq. 4)
+            flux, reward = steering.entropies(k)                               # [B, T]  nats; reg, and others of the loss: reward it (eq. 5)
+        return self.values(k), flux, reward                                    # [B, T, d]    sum_i k_i v_i
 
 
 class Attention(nn.Module):
@@ -340,8 +337,8 @@ class Block(nn.Module):
 
     def forward(self, x, view, steering=None, cache=None):                     # x: [B, T, d]
         x = x + self.after_attention(self.attention(self.attention_norm(x), view, cache))
-        answer, flux = self.memory(self.memory_norm(x), steering)              # [B, T, d], [B, T] or None
-        return x + self.after_memory(answer), flux
+        answer, flux, reward = self.memory(self.memory_norm(x), steering)      # [B, T, d], [B, T] or None
+        return x + self.after_memory(answer), flux, reward
 
 
 # ------------------------------------------------------------------------------------------------------------ transformer
@@ -366,9 +363,10 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, steering)[0])
 
     def hidden(self, tokens, steering=None, positions=None, cache=None, checkpoint=False):
-        """Everything but the LM head: tokens [B, T] -> (hidden states [B, T, d], flux [n_layers, B, T] in nats).
+        """Everything but the LM head: tokens [B, T] -> (hidden states [B, T, d], flux, reward: both [n_layers, B, T] in nats).
 
-        steering     an `infosteer.Steering`; None computes the plain model, and no flux
+        steering     an `infosteer.Steering`; None computes the plain model, no flux and no reward. The reward is 0 in layers where the
+                     method has none
         positions    [B or 1, T] where the tokens stand in their sequences; None: 0, 1, 2, ... Padding goes on the right, where
                      causal attention cannot see it
         cache        from `new_cache`; the tokens' keys and values are written into it
@@ -379,12 +377,13 @@ class Transformer(nn.Module):
         if config.scale_embeddings:
             x = x * float(torch.tensor(config.d ** 0.5, dtype=x.dtype))        # rounded as the weights are, as in training
         views = {kind: look(config, kind, positions, tokens.shape[1], tokens.device) for kind in config.rope}
-        flux = []
+        fluxes, rewards = [], []
         for layer, (block, kind) in enumerate(zip(self.blocks, config.layer_types)):
             arguments = x, views[kind], steering and steering.at(layer), cache and cache[layer]
-            x, h = recompute(block, *arguments, use_reentrant=False) if checkpoint else block(*arguments)
-            flux.append(h)
-        return self.norm(x), torch.stack(flux) if steering else None
+            x, flux, reward = recompute(block, *arguments, use_reentrant=False) if checkpoint else block(*arguments)
+            fluxes.append(flux)
+            rewards.append(torch.zeros_like(flux) if steering and reward is None else reward)
+        return (self.norm(x), torch.stack(fluxes), torch.stack(rewards)) if steering else (self.norm(x), None, None)
 
     def logits(self, hidden):
         """The LM head: hidden states [..., d] -> logits [..., V] in fp32."""
@@ -500,7 +499,7 @@ class Transformer(nn.Module):
         positions = torch.arange(shared, shared + rest.shape[1], device=device)[None] if shared else None
         size, x = max(1, PREFILL_TOKENS // rest.shape[1]), []
         for rows in (slice(at, at + size) for at in range(0, B, size)):        # some rows at a time: reading takes more room than writing
-            hidden, _ = self.hidden(rest[rows], steering, positions, [(k[rows], v[rows]) for k, v in cache])       # [rows, T, d]
+            hidden, *_ = self.hidden(rest[rows], steering, positions, [(k[rows], v[rows]) for k, v in cache])       # [rows, T, d]
             x.append(hidden[torch.arange(len(hidden), device=device), lengths[rows] - shared - 1])         # at each prompt's last token
         x = torch.cat(x)                                                       # [B, d]
         for step in range(max_new_tokens):
@@ -517,7 +516,7 @@ class Transformer(nn.Module):
                 outputs, keep = [outputs[row] for row in alive], torch.tensor(alive, device=device)
                 cache = [(k[keep], v[keep]) for k, v in cache]
                 new, lengths = new[keep], lengths[keep]
-            x, _ = self.hidden(new[:, None], steering, (lengths + step)[:, None], cache)
+            x, *_ = self.hidden(new[:, None], steering, (lengths + step)[:, None], cache)
             x = x[:, 0]                                                        # [B, d]
 
     @torch.inference_mode()

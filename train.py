@@ -18,6 +18,7 @@ import platform
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +29,9 @@ from data import BadInput
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
 from data.tokenizer import Tokenizer
 from data.world import DOCUMENTS, World, documents
-from eval import (TOY_FOLDER, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, load, pick_device, positive,
-                  read_run, score, side_by_side, split_names, write_whole)
-from infosteer import METHODS, NORMALISATIONS, RANKINGS, Steering, parse_layers
+from eval import (PROFILE, TOY_FOLDER, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, load, load_profile,
+                  memory_profile, pick_device, positive, read_run, save_profile, score, side_by_side, split_names, write_whole)
+from infosteer import BASES, METHODS, NORMALISATIONS, RANKINGS, Steering, meaningful, parse_layers
 from model import Config, Transformer
 
 try:
@@ -53,6 +54,7 @@ TOY_FAMILIES = {                       # --pretrain NAME -> what its config.json
 }
 IGNORE = -100                          # the target of tokens that are not supervised
 CONTROL = ("resume", "overwrite", "save_every", "steering", "out", "arms")      # flags that are no settings of a run
+SETTINGS = sorted({name for method in METHODS for base in BASES for name in meaningful(method, base)})      # flags of the steering
 MACHINE = ("device", "micro_tokens", "checkpoint", "versions")      # settings that --resume may change: the run stays the same
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -83,15 +85,28 @@ def read_settings(argv=None):
     group = parser.add_argument_group("steering (a flag that means nothing for the method is refused)")
     group.add_argument("--steer", choices=METHODS, nargs="+", default=["none"],
                        help="one or several of none: plain fine-tuning; int: raise the smallest key coefficients in the forward pass (eq. 4); "
-                            "reg: reward the entropy of the key distribution in the loss (eq. 5)")
+                            "reg: reward the entropy of the key distribution in the loss (eq. 5); semantic and activation: one of these, with a strength "
+                            "for each group of memories, alike in their vectors or also in what calls them (B.1); surrogate: amplify the memories "
+                            "that say what the training responses say; surrogate-entropy: reward the entropy of what the memories say together (B.2)")
     group.add_argument("--p", type=number, help="int: the fraction of the memories that is raised (default: 0.01)")
     group.add_argument("--alpha", type=number, help="int: raised to alpha times the mean (default: 1)")
     group.add_argument("--rank-by", choices=RANKINGS, help="int: smallest by magnitude, the idle memories, or by value, the literal "
                        "reading of eq. 4 (default: magnitude)")
-    group.add_argument("--lam", type=number, help="reg: lambda, the weight of the entropy; a negative one concentrates the keys (default: 0.01)")
+    group.add_argument("--lam", type=number, help="reg, surrogate-entropy: lambda, the weight of the entropy; a negative one concentrates the keys (default: 0.01)")
     group.add_argument("--normalise", choices=NORMALISATIONS, help="reg: how k becomes a distribution: |k| / sum|k|, or softmax(k) "
                        "(default: magnitude)")
-    group.add_argument("--layers", metavar="RANGES", help="int and reg: steer these layers only, from 1: 1-8 or 1,4,9-12 (default: all)")
+    group.add_argument("--base", choices=BASES, help="semantic, activation: whose change is scaled; the flags of int or reg go with it (default: int)")
+    group.add_argument("--groups", type=positive, metavar="N", help="semantic, activation: groups of memories per layer (default: 16)")
+    group.add_argument("--subgroups", type=positive, metavar="N", help="activation: groups within each of those (default: 4)")
+    group.add_argument("--beta-max", type=finite, help="semantic, activation: the largest strength of a group (default: 4)")
+    group.add_argument("--gamma", type=number, help="surrogate: a memory is amplified by gamma for each standard deviation of its score (default: 0.1)")
+    group.add_argument("--lambda-1", type=number, help="surrogate: how much the entropy of what a memory says counts against it (default: 1)")
+    group.add_argument("--lambda-2", type=number, help="surrogate: how much its divergence from the training responses counts against it (default: 1)")
+    group.add_argument("--buckets", type=positive, metavar="N", help="surrogate-entropy: groups of like tokens that stand for the vocabulary (default: 256)")
+    group.add_argument("--layers", metavar="RANGES", help="steer these layers only, from 1, and perhaps with other strengths: 1-8 or 1,4,9-12 or "
+                       "1-8:alpha=2,9-16:alpha=3,17-24:alpha=1 (default: all)")
+    group.add_argument("--memory-profile", metavar="FILE", help=f"semantic, activation, surrogate, surrogate-entropy: what an earlier run with the same model "
+                       f"found out about its memories, RUN/{PROFILE}, instead of finding it out again")
 
     def usual(name):
         return f"(default: {PAPER[name]}; {TOY[name]} for the models in data/toy)" if PAPER[name] != TOY[name] else f"(default: {PAPER[name]})"
@@ -119,10 +134,13 @@ def read_settings(argv=None):
     group.add_argument("--overwrite", action="store_true", help="replace a finished or interrupted run at --out")
     args = parser.parse_args(argv)
 
-    given = {name: getattr(args, name) for name in sorted(set(METHODS["int"] + METHODS["reg"])) if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    meant = {method: meaningful(method, args.base or "int") for method in args.steer}
     for name in given:
-        if not any(name in METHODS[method] for method in args.steer):
-            parser.error(f"--{name.replace('_', '-')} means nothing with --steer {' '.join(args.steer)}")
+        if not any(name in names for names in meant.values()):
+            parser.error(f"--{name.replace('_', '-')} means nothing with --steer {' '.join(args.steer)}{f' --base {args.base}' if args.base else ''}")
+    if args.memory_profile and not any(METHODS[method].needs for method in args.steer):
+        parser.error(f"--memory-profile means nothing with --steer {' '.join(args.steer)}, which needs to know nothing of the memories")
     if len(set(args.steer)) < len(args.steer) or len(set(args.seed)) < len(args.seed):
         parser.error("--steer and --seed take each method and each seed once")
     if args.warmup is not None and args.warmup < 0:
@@ -142,7 +160,7 @@ def read_settings(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     try:
-        args.arms = [Steering(method, **{name: value for name, value in given.items() if name in METHODS[method] and name != "layers"}) for method in args.steer]
+        args.arms = [Steering(method, **{name: value for name, value in given.items() if name in meant[method] and name != "layers"}) for method in args.steer]
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -239,18 +257,18 @@ def collate(rows):
 
 
 def losses(model, inputs, targets, real, steering, checkpoint=False):
-    """Sums over one micro-batch: cross-entropy over its supervised tokens [], and key entropy over its tokens [n_layers], in nats.
+    """Sums over one micro-batch, in nats: cross-entropy over its supervised tokens [], key entropy and reward over its tokens [n_layers] each.
 
-    The caller divides both by the counts of the whole optimizer step, so that every supervised token of a step weighs the same,
+    The caller divides them by the counts of the whole optimizer step, so that every supervised token of a step weighs the same,
     whichever micro-batch it fell into.
     """
     device = model.embed.weight.device
     supervised = (targets.flatten() != IGNORE).nonzero()[:, 0]                 # [S]  found on the CPU: no wait for the GPU
-    hidden, flux = model.hidden(inputs.to(device), steering, checkpoint=checkpoint)     # [B, T, d], [n_layers, B, T]
+    hidden, flux, reward = model.hidden(inputs.to(device), steering, checkpoint=checkpoint)     # [B, T, d], [n_layers, B, T] twice
     logits = model.logits(hidden.flatten(0, 1)[supervised.to(device)])         # [S, V]  the head runs where there is something to learn
     lm = F.cross_entropy(logits, targets.flatten()[supervised].to(device), reduction="sum")
-    entropy = (flux * real.to(device)).sum((1, 2))                             # [n_layers]
-    return lm, entropy
+    real = real.to(device)
+    return lm, (flux.detach() * real).sum((1, 2)), (reward * real).sum((1, 2))         # [], [n_layers], [n_layers]
 
 
 def learning_rate(step, args, total):
@@ -286,13 +304,12 @@ def train(args):
     steps = order_of(len(rows), args.epochs, args.batch, args.seed)[:args.steps]
 
     # ---- steering
-    steering = args.steering
-    if args.layers is not None:
-        try:
-            steering = Steering(**{**vars(steering), "layers": parse_layers(args.layers, model.config.n_layers)})
-        except ValueError as error:
-            raise BadInput(f"--layers: {error}") from None
-    rewarded = [layer for layer in range(model.config.n_layers) if steering.at(layer).method == "reg"]
+    steering, profile_file = args.steering, work / PROFILE
+    if METHODS[steering.method].needs:                                         # the fine-grained methods know what is in the memory
+        source = args.memory_profile or (profile_file if args.resume and profile_file.is_file() else None)
+        profile = load_profile(source, model, steering) if source else memory_profile(model, rows, steering, args.seed)
+        steering = steering.knowing(profile)
+    lam = torch.tensor([steering.at(layer).lam for layer in range(model.config.n_layers)], device=device)     # eq. 5, for each layer
 
     # ---- optimizer
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
@@ -302,7 +319,7 @@ def train(args):
 
     # ---- the run's folder
     settings = {key: value for key, value in vars(args).items() if key not in CONTROL}
-    settings |= {"steering": vars(steering), "steps_total": len(steps), "examples": len(rows),
+    settings |= {"steering": steering.settings, "steps_total": len(steps), "examples": len(rows),
                  "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     start = 0
@@ -327,12 +344,14 @@ def train(args):
             os.truncate(log_file, log_bytes)                                   # forget the steps that will be done again
     work.mkdir(parents=True, exist_ok=True)
     write_whole(work / "args.json", json.dumps(settings, indent=2) + "\n")
+    if METHODS[steering.method].needs:
+        save_profile(profile_file, profile, model, steering)
 
     tokens, supervised = sum(lengths), sum(len(ids) - n_prompt for ids, n_prompt in rows)
     print(f"model      {args.model}: {sum(w.numel() for w in model.parameters()):,} parameters, {model.config.n_layers} layers of {model.config.d_m:,} memories")
     print(f"data       {len(rows):,} {'rows' if args.pretrain else 'examples'}, {tokens:,} tokens, {supervised:,} of them supervised{remark}")
     print(f"steering   {steering}")
-    if steering.method == "int":
+    if METHODS[steering.method].change and steering.base == "int":
         print(f"           {change_line(model, [ids[:n_prompt] for ids, n_prompt in rows[:64]], steering)}")
     print(f"recipe     {len(steps):,} steps of {args.batch}, lr {args.lr:g}, {args.warmup} warm-up, seed {args.seed}, {args.precision} on {device}"
           + (f"; note: the warm-up takes the whole run, --warmup sets it" if args.warmup >= len(steps) else ""))
@@ -351,15 +370,13 @@ def train(args):
             parts = []                                                         # of each micro-batch: its share of L_LM, of H per layer
             for batch in batches:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    lm, entropy = losses(model, *collate([rows[row] for row in batch]), steering, args.checkpoint)
-                lm, entropy = lm / n_supervised, entropy / n_tokens
-                loss = lm - steering.lam * entropy[rewarded].sum()             # eq. 5; without reg nothing is rewarded
-                loss.backward()
-                parts.append(torch.cat([lm.detach()[None], entropy.detach()]))
+                    lm, entropy, reward = losses(model, *collate([rows[row] for row in batch]), steering, args.checkpoint)
+                lm, entropy, reg = lm / n_supervised, entropy / n_tokens, -(lam * reward).sum() / n_tokens       # eq. 5; only reg and its kind reward
+                (lm + reg).backward()
+                parts.append(torch.cat([lm.detach()[None], reg.detach()[None], entropy]))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-            parts = torch.stack(parts).cpu()                                   # [micro-batches, 1 + n_layers]
-            lm, entropy = parts[:, 0].sum().item(), parts[:, 1:].sum(0)
-            reg = 0.0 - steering.lam * entropy[rewarded].sum().item()
+            parts = torch.stack(parts).cpu()                                   # [micro-batches, 2 + n_layers]
+            lm, reg, entropy = parts[:, 0].sum().item(), parts[:, 1].sum().item() + 0.0, parts[:, 2:].sum(0)
             if not math.isfinite(lm + reg + norm.item()):
                 bad = next((batch for batch, part in zip(batches, parts) if not part.isfinite().all()), batches[-1])
                 sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, reg_loss {reg:g}, gradient norm {norm:g}) in the batch of "
@@ -419,13 +436,27 @@ def save_state(path, state):
 def plan(args):
     """The runs that the flags ask for: [(settings of one run, is it finished?)], one per arm and seed. Raises BadInput."""
     several = len(args.arms) * len(args.seed) > 1 or not args.out
-    runs = []
+    runs, layers = [], None
+    if args.layers is not None:
+        try:
+            layers = parse_layers(args.layers, Config.from_pretrained(args.model).n_layers)
+        except ValueError as error:
+            raise BadInput(error if isinstance(error, BadInput) else f"--layers: {error}") from None
     for steering, seed in ((steering, seed) for steering in args.arms for seed in args.seed):
-        arm = arm_name(steering) + (f"-layers{args.layers}" if args.layers and steering.method != "none" else "")
-        unmeant = {name: None for name in METHODS["int"] + METHODS["reg"] if name not in METHODS[steering.method]}     # flags for the other arms
+        meant = meaningful(steering.method, steering.base)
+        if layers and steering.method != "none":
+            for name in {name for here in layers.values() for name in here} - set(meant):
+                raise BadInput(f"--layers: {name} means nothing with --steer {steering.method}")
+            steering = replace(steering, layers=layers)
+            try:
+                [steering.at(layer - 1) for layer in layers]
+            except ValueError as error:
+                raise BadInput(f"--layers: {error}") from None
+        unmeant = {name: None for name in SETTINGS if name not in meant}       # flags for the other arms
         run = argparse.Namespace(**{**vars(args), "steer": steering.method, "steering": steering, "seed": seed, **unmeant})
+        run.memory_profile = args.memory_profile if METHODS[steering.method].needs else None
         if several:
-            run.out = str(Path(args.out or "out", f"{Path(args.model).name}-{arm}-seed{seed}"))
+            run.out = str(Path(args.out or "out", f"{Path(args.model).name}-{arm_name(steering)}-seed{seed}"))
             run.resume = not args.overwrite and Path(run.out + ".partial").exists()
         before = {} if args.overwrite else read_run(run.out)
         differing = [key for key in before if key in vars(run) and key not in (*CONTROL, *MACHINE, "precision") and vars(run)[key] != before[key]]

@@ -19,26 +19,27 @@ def three_memories():
 
 def test_the_layer_sums_memory_vectors_weighted_by_key_coefficients():
     # h = (2, 3): gates relu(2, 3, 1), ups (5, 2, 6), so k = (10, 6, 6), and 10 (1, 0) + 6 (0, 10) + 6 (5, 5) = (40, 90)
-    answer, flux = three_memories()(torch.tensor([[[2., 3.]]]))
-    assert answer.tolist() == [[[40., 90.]]] and flux is None
+    answer, flux, reward = three_memories()(torch.tensor([[[2., 3.]]]))
+    assert answer.tolist() == [[[40., 90.]]] and flux is None and reward is None
 
 
 def test_a_closed_gate_silences_a_memory():
     # h = (2, 1): gates relu(2, 1, -1), ups (3, 2, 2), so k = (6, 2, 0): the third memory is not called
-    answer, _ = three_memories()(torch.tensor([[[2., 1.]]]))
+    answer, *_ = three_memories()(torch.tensor([[[2., 1.]]]))
     assert answer.tolist() == [[[6., 20.]]]
 
 
 def test_intervention_wakes_the_idle_memory():
     # k = (6, 2, 0) has mean 8/3; p = 1/3 picks one memory, the third: 6 (1, 0) + 2 (0, 10) + 8/3 (5, 5)
-    answer, _ = three_memories()(torch.tensor([[[2., 1.]]]), Steering("int", p=1 / 3))
+    answer, *_ = three_memories()(torch.tensor([[[2., 1.]]]), Steering("int", p=1 / 3))
     torch.testing.assert_close(answer, torch.tensor([[[6 + 40 / 3, 20 + 40 / 3]]]))
 
 
 def test_flux_is_the_entropy_of_the_keys():
     # k = (6, 2, 0): shares 3/4, 1/4, 0, so H = 0.75 log(4/3) + 0.25 log 4
-    _, flux = three_memories()(torch.tensor([[[2., 1.]]]), Steering("reg"))
+    _, flux, reward = three_memories()(torch.tensor([[[2., 1.]]]), Steering("reg"))
     torch.testing.assert_close(flux, torch.tensor([[0.5623351446]]))
+    assert reward is flux and three_memories()(torch.tensor([[[2., 1.]]]), Steering("none"))[2] is None
 
 
 def test_no_steering_is_the_plain_model_bit_for_bit():
@@ -53,19 +54,20 @@ def test_no_steering_is_the_plain_model_bit_for_bit():
 def test_steering_reaches_only_the_layers_asked_for():
     model = Transformer(Config.from_dict({**TINY, "hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 3})).initialise(1)
     tokens = torch.arange(20).view(2, 10)
-    _, plain = model.hidden(tokens, Steering("none"))                                    # [n_layers, B, T]
-    _, second = model.hidden(tokens, Steering("int", p=0.3, layers=(2,)))
+    _, plain, _ = model.hidden(tokens, Steering("none"))                                    # [n_layers, B, T]
+    _, second, _ = model.hidden(tokens, Steering("int", p=0.3, layers={2: {}}))
     assert torch.equal(second[0], plain[0]) and not torch.allclose(second[1], plain[1])
-    _, flux = model.hidden(tokens, Steering("reg", layers=(1, 3)))
+    _, flux, reward = model.hidden(tokens, Steering("reg", layers={1: {}, 3: {}}))
     for layer, rewarded in enumerate((True, False, True)):                               # layer 2 is seen, not rewarded
         gradient, = torch.autograd.grad(flux[layer].sum(), model.blocks[layer].memory.key_up.weight, retain_graph=True)
         assert gradient.any() == rewarded
+        assert torch.equal(reward[layer], flux[layer] if rewarded else torch.zeros_like(flux[layer]))
 
 
 def test_a_layers_own_memory_vectors_get_no_gradient_from_its_entropy():
     # H is a function of k, and k comes before the memory vectors: reg teaches keys which memories to call, never what they say.
     model = Transformer(Config.from_dict({**TINY, "hidden_size": 16, "intermediate_size": 48})).initialise(1)
-    _, flux = model.hidden(torch.arange(10)[None], Steering("reg"))
-    flux.sum().backward()
+    _, _, reward = model.hidden(torch.arange(10)[None], Steering("reg"))
+    reward.sum().backward()
     assert model.blocks[0].memory.values.weight.grad is None
     assert model.blocks[0].memory.key_gate.weight.grad.abs().sum() > 0

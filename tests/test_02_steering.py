@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import infosteer
-from infosteer import Steering, intervene, key_entropy, parse_layers
+from infosteer import Steering, format_layers, intervene, key_entropy, parse_layers
 
 torch.manual_seed(0)
 K = torch.randn(4, 7, 40, dtype=torch.float64) * torch.rand(4, 7, 1, dtype=torch.float64).exp()     # [B, T, d_m], both signs
@@ -167,10 +167,26 @@ def test_settings_outside_their_range_are_refused(settings, word):
 
 
 def test_layers_are_counted_from_1_as_in_the_paper():
-    assert parse_layers("1-3,8", 12) == (1, 2, 3, 8)
-    assert parse_layers(" 2 , 2-3", 12) == (2, 3)
-    steering = Steering("int", layers=(1, 3))
+    assert list(parse_layers("1-3,8", 12)) == [1, 2, 3, 8]
+    assert parse_layers(" 2 , 2-3", 12) == {2: {}, 3: {}}
+    steering = Steering("int", layers={1: {}, 3: {}})
     assert [steering.at(layer).method for layer in range(3)] == ["int", "none", "int"]
+
+
+def test_each_range_of_layers_may_have_its_own_strength():
+    layers = parse_layers("1-2:alpha=2, 3-4 : alpha=3 : p=.5,6", 6)
+    assert layers == {1: {"alpha": 2.0}, 2: {"alpha": 2.0}, 3: {"alpha": 3.0, "p": 0.5}, 4: {"alpha": 3.0, "p": 0.5}, 6: {}}
+    assert parse_layers(format_layers(layers), 6) == layers and format_layers(layers) == "1-2:alpha=2,3-4:alpha=3:p=0.5,6" and format_layers(None) == "all"
+    steering = Steering("int", alpha=7.0, layers=layers)
+    assert [(s.method, s.alpha, s.p) for s in map(steering.at, range(6))] == [
+        ("int", 2.0, 0.01), ("int", 2.0, 0.01), ("int", 3.0, 0.5), ("int", 3.0, 0.5), ("none", 7.0, 0.01), ("int", 7.0, 0.01)]
+
+
+@pytest.mark.parametrize("text, word", [("1:beta=2", "beta is no strength"), ("1:alpha", "'alpha' is not a strength"), ("1:alpha=x", "not a strength"),
+                                        ("1-3:alpha=1,2", "layer 2 has two"), ("1:", "'' is not a strength"), ("1:method=2", "no strength")])
+def test_strengths_that_mean_nothing_are_refused(text, word):
+    with pytest.raises(ValueError, match=word):
+        parse_layers(text, 12)
 
 
 @pytest.mark.parametrize("text", ["", "0", "13", "3-2", "1-13", "a", "1-", "-3", "1,,2", "1.5", "1-2-3", "²"])

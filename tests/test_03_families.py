@@ -66,7 +66,7 @@ def test_recomputing_activations_changes_no_gradient(golden):
     _, model, expected = golden
     gradients = []
     for checkpoint in (False, True):
-        hidden, flux = model.hidden(expected["tokens"], Steering("reg"), checkpoint=checkpoint)
+        hidden, flux, _ = model.hidden(expected["tokens"], Steering("reg"), checkpoint=checkpoint)
         (model.logits(hidden).logsumexp(-1).mean() - flux.mean()).backward()
         gradients.append([weight.grad.clone() for weight in model.parameters()])
         model.zero_grad()

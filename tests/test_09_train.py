@@ -37,11 +37,11 @@ def step_gradients(model, rows, steering, budget):
     """The gradients of one optimizer step, as the loop of train.py computes them."""
     lengths = [len(ids) - 1 for ids, _ in rows]
     n_tokens, n_supervised = sum(lengths), sum(len(ids) - n_prompt for ids, n_prompt in rows)
-    rewarded = [layer for layer in range(model.config.n_layers) if steering.at(layer).method == "reg"]
+    lam = torch.tensor([steering.at(layer).lam for layer in range(model.config.n_layers)])
     model.zero_grad()
     for batch in micro_batches(range(len(rows)), lengths, budget):
-        lm, entropy = losses(model, *collate([rows[row] for row in batch]), steering)
-        (lm / n_supervised - steering.lam * entropy[rewarded].sum() / n_tokens).backward()
+        lm, _, reward = losses(model, *collate([rows[row] for row in batch]), steering)
+        (lm / n_supervised - (lam * reward).sum() / n_tokens).backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
@@ -60,7 +60,7 @@ def reference_gradients(model, rows, steering):
         for layer, k in enumerate(keys):
             if steering.layers is None or layer + 1 in steering.layers:
                 q = k[:, :-1].abs() / k[:, :-1].abs().sum(-1, keepdim=True)
-                loss = loss - steering.lam * ((-q * q.log()).sum(-1) * real).sum() / real.sum()
+                loss = loss - steering.at(layer).lam * ((-q * q.log()).sum(-1) * real).sum() / real.sum()
     loss.backward()
     for hook in hooks:
         hook.remove()
@@ -68,7 +68,7 @@ def reference_gradients(model, rows, steering):
 
 
 @pytest.mark.parametrize("steering", [Steering("none"), Steering("int", p=0.1, alpha=2.0), Steering("reg", lam=0.3),
-                                      Steering("reg", lam=-0.3, layers=(2,))], ids=lambda s: f"{s.method}{s.layers or ''}")
+                                      Steering("reg", lam=-0.3, layers={1: {}, 2: {"lam": 0.1}})], ids=lambda s: f"{s.method}{len(s.layers or ())}")
 @pytest.mark.parametrize("budget", [40, 200, 10**6])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_gradients_equal_those_of_one_padded_batch_with_full_logits(steering, budget, family):
@@ -90,7 +90,7 @@ def test_a_mean_of_micro_batch_means_would_be_another_gradient():
     batches = micro_batches(range(len(rows)), [len(ids) for ids, _ in rows], 200)
     for batch in batches:
         inputs, targets, real = collate([rows[row] for row in batch])
-        lm, _ = losses(model, inputs, targets, real, Steering("none"))
+        lm, *_ = losses(model, inputs, targets, real, Steering("none"))
         (lm / (targets != IGNORE).sum() / len(batches)).backward()
     error = max((weight.grad - expected[name]).norm() / expected[name].norm() for name, weight in model.named_parameters())
     assert error > 1e-3
@@ -213,7 +213,7 @@ def test_int_trains_other_weights_and_the_saved_model_is_plain(place):
     steered, _ = run(place, "int-steered", "--steer", "int", "--p", "0.1", "--alpha", "2", "--layers", "2")
     assert plain.keys() == steered.keys() and not same(plain, steered)
     settings = json.loads((place / "int-steered" / "args.json").read_text())["steering"]
-    assert settings == {"method": "int", "p": 0.1, "alpha": 2.0, "lam": 0.01, "layers": [2], "rank_by": "magnitude", "normalise": "magnitude"}
+    assert settings == {"method": "int", "p": 0.1, "alpha": 2.0, "rank_by": "magnitude", "layers": {"2": {}}}
 
 
 def test_checkpointing_and_micro_batches_change_speed_only(place):

@@ -54,7 +54,7 @@ def test_the_two_readings_of_eq_4_on_a_model_that_knows_something():
 def test_flux_of_the_shipped_model_equals_the_entropy_of_its_keys():
     model, tokenizer = evaluation.load(evaluation.TOY_FOLDER / "llama")
     ids = tokenizer.encode("Where does Pavo Dellin live?")
-    _, flux = model.hidden(torch.tensor([ids]), Steering("none"))
+    _, flux, _ = model.hidden(torch.tensor([ids]), Steering("none"))
     for layer, k in enumerate(keys_of(model, ids)):
         torch.testing.assert_close(flux[layer, 0], key_entropy(k))
         assert 1 < flux[layer].min() and flux[layer].max() < math.log(384)
@@ -125,5 +125,5 @@ def test_seeds_become_a_mean_a_standard_error_and_a_paired_interval():
 def test_arms_have_short_names():
     assert evaluation.arm_name(Steering("none")) == "none"
     assert evaluation.arm_name(Steering("reg", lam=0.05)) == "reg-lam0.05"
-    assert evaluation.arm_name(Steering("reg", layers=(1, 2), normalise="softmax")) == "reg-layers1,2-softmax"
+    assert evaluation.arm_name(Steering("reg", layers={1: {}, 2: {"lam": 0.05}}, normalise="softmax")) == "reg-softmax-layers1,2@lam=0.05"
     assert evaluation.arm_name(Steering("int", p=0.05, alpha=2.0, rank_by="value")) == "int-p0.05-alpha2-value"
