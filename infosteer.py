@@ -410,3 +410,56 @@ METHODS = {
     "surrogate-entropy": Method(("lam", "buckets", "layers"), needs=("says",), know=lambda s, says: says,
                                 entropies=lambda k, s: (key_entropy(k.detach()), mixture_entropy(k, s.known))),
 }
+
+
+# ------------------------------------------------------------------------------------------- section 6: information flux, in numbers
+# Flux itself is `key_entropy`, averaged over layers. Tokens of one text are not independent of each other, so every standard error here
+# takes texts, not tokens, for what was drawn: `text` [N] long says which text each of the N tokens is from.
+
+
+def terciles(x):
+    """Cut numbers into three equal parts: x [N], N > 0 -> (the part of each [N] long: 0 low, 1 middle, 2 high; the two cuts [2])."""
+    cuts = x.quantile(torch.tensor([1 / 3, 2 / 3], dtype=x.dtype, device=x.device))
+    return torch.bucketize(x, cuts), cuts
+
+
+def clustered_mean(x, text):
+    """Mean over tokens, and its standard error clustered by text: x [N], text [N] long -> (mean, error). The error is None for one text.
+
+        error^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2           g runs over the G texts
+    """
+    x = x.double()
+    if not len(x):
+        return None, None
+    _, text = text.unique(return_inverse=True)
+    G = int(text.max()) + 1
+    sums = x.new_zeros(G).index_add_(0, text, x - x.mean())                # [G]
+    return x.mean().item(), (G / (G - 1) * sums.square().sum()).sqrt().item() / len(x) if G > 1 else None
+
+
+def grouped_correlation(x, y, group, text):
+    """Pearson's correlation within groups, and its jackknife error over texts: x, y [N], group, text [N] long -> (r, error).
+
+        r        of x and y after each is centred on its mean in the token's group; one group for all gives the plain correlation
+        error^2  = (G - 1) / G * sum_g (r without text g - their mean)^2
+
+    None for what is undefined: r where x or y does not vary within groups, or for fewer than three tokens; the error for one text, or where
+    an r without one text is undefined.
+    """
+    x, y = x.double(), y.double()
+    if len(x) < 3 or any(values.std() <= 1e-9 * values.mean().abs() for values in (x, y)):
+        return None, None
+    x, y = ((values - values.mean()) / values.std() for values in (x, y))                 # changes no r, and keeps the sums below small
+    (_, group), (_, text) = group.unique(return_inverse=True), text.unique(return_inverse=True)
+    sums = x.new_zeros(int(text.max()) + 1, int(group.max()) + 1, 6)                      # of 1, x, y, x^2, y^2, xy in each text and group
+    sums.index_put_((text, group), torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], -1), accumulate=True)
+
+    def r(sums):                                                                          # [..., groups, 6] -> [...]
+        n, sx, sy, xx, yy, xy = sums.unbind(-1)
+        xx, yy, xy = ((total - a * b / n.clamp_min(1)).sum(-1) for total, a, b in ((xx, sx, sx), (yy, sy, sy), (xy, sx, sy)))
+        constant = torch.minimum(xx, yy) <= 1e-12 * n.sum(-1)                             # not quite 0, where large sums cancel
+        return torch.where(constant | (n.sum(-1) < 3), torch.nan, xy / (xx * yy).sqrt())
+
+    whole, without, G = r(sums.sum(0)), r(sums.sum(0) - sums), len(sums)                  # [], [G]
+    error = ((G - 1) / G * (without - without.mean()).square().sum()).sqrt() if G > 1 else whole * torch.nan
+    return tuple(None if value.isnan() else value.item() for value in (whole, error))
