@@ -15,14 +15,17 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import BadInput, read_json
+from data import BadInput, page, read_json
 from data.tasks import SUITES, TASKS, TOY, chance, find, judge, load as load_examples, make_response
 from data.tokenizer import Tokenizer
-from infosteer import (METHODS, RANKINGS, Steering, divergence, entropy, format_layers, spherical_kmeans, split_groups, surrogates)
+from data.words import CLASSES, TITLES, token_classes
+from infosteer import (METHODS, RANKINGS, Steering, clustered_mean, divergence, entropy, format_layers, grouped_correlation, spherical_kmeans,
+                       split_groups, surrogates, terciles)
 from model import Transformer
 
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"        # the toy world's tasks and models, which ship with the project
@@ -529,7 +532,247 @@ def change_line(model, prompts, steering):
 # ------------------------------------------------------------------------------------------------------------ analyses
 # Each takes the command's arguments and returns (what --json prints, what people read).
 
-ANALYSES = {}
+
+# ---- flux: how many memories each token calls
+
+SHOWN, KEPT = 3, 10                    # items whose heat maps the terminal shows, and those that --json and --html hold
+FLUX_NOTE = ("The flux of a token is the entropy in nats of its key distribution when the token itself is fed (where the next one is "
+             "predicted), averaged over layers: 0 is one memory, log d_m all alike. All tokens are fed in one pass behind their prompt. Levels are thirds "
+             "of a model's own flux over all tokens measured, so compare levels within a model and means between models.")
+CLASS_NOTE = ("Mean flux in nats ± standard error (n tokens). A token has the class of the word it is part of, the first of these that fits: punctuation "
+              "(symbols and white space too), function words, copied from the prompt (a content word or number that stands there), digits, content words. "
+              "Standard errors are clustered by item, since the tokens of one answer are not independent; one item has none.")
+LEVEL_NOTE = ("Where flux is called low, middle and high, in nats; most possible is log d_m. Items that are answered with the same text, word for word, are "
+              "hardly independent: where different texts are few, so is what the standard errors rest on.")
+SURPRISAL_NOTE = ("Correlation of flux with surprisal, -log p of a token given what precedes it, ± jackknife over items: with the surprisal of the token "
+                  "itself, and of the token after it; over all tokens, and within classes, both centred on their class means. A greedy answer is what its "
+                  "model finds most likely, so its surprisals are all small: --text reads a text that the model did not choose.")
+
+
+def readable(tokenizer, ids):
+    """Ids -> [(text, number of ids)]. Tokens that are bytes of one character are shown as one piece; bytes that are none as U+FFFD."""
+    pieces, start = [], 0
+    while start < len(ids):
+        for end in range(start + 1, min(start + 8, len(ids)) + 1):             # 4 bytes at most, and tokens may overlap two characters
+            text = tokenizer.decode(ids[start:end])
+            if "\ufffd" not in text:
+                break
+        else:
+            end = start + 1
+            text = tokenizer.decode(ids[start:end])
+        pieces.append((text, end - start))
+        start = end
+    return pieces
+
+
+@torch.inference_mode()
+def token_flux(model, prompt, ids):
+    """Feed the ids of a prompt (which may have none) and `ids` behind it in one pass -> (flux [T], surprisal [T]) of `ids` in nats.
+    Where nothing precedes a token its surprisal is NaN."""
+    tokens = torch.tensor([[*prompt, *ids]], device=model.embed.weight.device)             # [1, P + T]
+    hidden, flux, _ = model.hidden(tokens, Steering("none"))
+    first = max(len(prompt), 1)                                                            # the first token that something precedes
+    surprisal = [torch.full((first - len(prompt),), torch.nan)]
+    for hidden, target in zip(hidden[0, first - 1:-1].split(512), tokens[0, first:].split(512)):      # some logits at a time: V is large
+        surprisal.append(F.cross_entropy(model.logits(hidden), target, reduction="none").cpu())
+    return flux[:, 0, len(prompt):].mean(0).cpu(), torch.cat(surprisal)
+
+
+def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30):
+    """Information flux of texts, or of the model's own answers, token by token.
+
+    items: [(prompt, text)]; a text is read behind its prompt, which may be empty; in place of None the model answers greedily. For each item a dict:
+
+        prompt, pieces                     the prompt; the text as `readable` cuts it
+        flux, surprisal, next              [T] each, nats; next is the surprisal of the token after it, where the end of an answer counts as one.
+                                           NaN where there is none: a first token that nothing precedes, a last one that nothing follows
+        classes                            [T], of CLASSES
+
+    Raises BadInput for a text of fewer than two tokens, and where a flux is not a number.
+    """
+    prompts = [tokenizer.encode(prompt, special=False) for prompt, _ in items]
+    own = [i for i, (_, text) in enumerate(items) if text is None]
+    texts = [[] if text is None else tokenizer.encode(text, bos=False, special=False) for _, text in items]
+    for ids, (_, text) in zip(texts, items):
+        if text is not None and len(ids) < 2:
+            raise BadInput(f"the text {text!r} is one token to this model; give two or more, since flux is compared between tokens")
+    if own:
+        with tqdm(total=len(own), desc="answering", unit="item", disable=None) as bar:
+            for i, ids in zip(own, model.generate([prompts[i] for i in own], max_new_tokens, None, cache_bytes, done=bar.update)):
+                texts[i] = ids
+    measured, stop = [], set(model.config.eos_ids)
+    for (prompt, text), before, ids in zip(tqdm(items, desc="reading flux", unit="item", disable=None), prompts, texts):
+        T = len(ids) - (text is None and ids[-1] in stop)                      # an answer's end is no part of what is shown
+        flux, surprisal = token_flux(model, before, ids)
+        if not flux.isfinite().all():
+            raise BadInput(f"the flux of {prompt or tokenizer.decode(ids)!r:.60} is not a number; the model's weights are not, or overflow: --dtype float32")
+        pieces = readable(tokenizer, ids[:T])
+        classes = token_classes([piece for piece, _ in pieces], prompt)
+        measured.append({"prompt": prompt, "pieces": pieces, "flux": flux[:T], "surprisal": surprisal[:T],
+                         "next": torch.cat([surprisal, torch.tensor([torch.nan])])[1:T + 1],
+                         "classes": [name for name, (_, n) in zip(classes, pieces) for _ in range(n)]})
+    return measured
+
+
+def flux_numbers(measured):
+    """What `measure_flux` found -> a dict of numbers: n tokens, mean and standard_error, the cuts between low, middle and high flux; for each class
+    the same three; correlations with surprisal, {"own" or "next": {"raw" or "within": {"r", "standard_error", "n"}}}. None for what is undefined."""
+    flux, own, following = (torch.cat([item[key] for item in measured]).double() for key in ("flux", "surprisal", "next"))        # [N] each
+    text = torch.tensor([i for i, item in enumerate(measured) for _ in item["flux"]], dtype=torch.long)
+    group = torch.tensor([CLASSES.index(name) for item in measured for name in item["classes"]], dtype=torch.long)
+
+    def average(inside):
+        mean, error = clustered_mean(flux[inside], text[inside])
+        return {"mean": mean, "standard_error": error, "n": int(inside.sum())}
+
+    def correlate(x, y, group, text):
+        r, error = grouped_correlation(x, y, group, text)
+        return {"r": r, "standard_error": error, "n": len(x)}
+
+    correlations = {}
+    for name, surprisal in (("own", own), ("next", following)):
+        there = ~surprisal.isnan()
+        correlations[name] = {kind: correlate(flux[there], surprisal[there], groups[there], text[there])
+                              for kind, groups in (("raw", torch.zeros_like(group)), ("within", group))}
+    return {**average(torch.ones_like(group, dtype=torch.bool)), "cuts": terciles(flux)[1].tolist() if len(flux) else None,
+            "classes": {name: average(group == i) for i, name in enumerate(CLASSES)}, "correlations": correlations}
+
+
+def flux_pieces(item, cuts):
+    """One item of `measure_flux` -> [{"text", "flux", "level", "class"}] for a heat map; a piece of several tokens has their mean flux."""
+    pieces, start = [], 0
+    for text, n in item["pieces"]:
+        flux = item["flux"][start:start + n].double().mean().item()
+        pieces.append({"text": text, "flux": flux, "level": sum(flux > cut for cut in cuts), "class": item["classes"][start]})
+        start += n
+    return pieces
+
+
+def arm_of(folder):
+    """(arm, seed) of a run of train.py; ("base", None) for any other model."""
+    settings = read_run(folder)
+    if "steering" not in settings or settings.get("pretrain"):
+        return "base", None
+    return arm_name(as_steering(settings["steering"])), settings.get("seed")
+
+
+def first_runs(folder, base):
+    """The finished runs in a folder that were made from the model `base`, the first seed of each arm: [run's folder], plain fine-tuning first."""
+    found = {}
+    for path in sorted(Path(folder).glob("*/args.json")):
+        settings, run = read_run(path.parent), path.parent
+        if run.suffix not in (".partial", ".old") and "steering" in settings and Path(settings.get("model", "")).resolve() == Path(base).resolve():
+            arm, seed = arm_of(run)
+            found.setdefault(arm, []).append((seed, str(run)))
+    return [min(found[arm])[1] for arm in sorted(found, key=lambda arm: (arm != "none", arm))]
+
+
+def plus_minus(value, error, n, form):
+    """A number for people: "5.12 ± 0.01", below it "(234)"; its error left out where there is none, "n/a" where there is no number."""
+    return "n/a" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}") + f"\n({n})"
+
+
+def flux_tables(result):
+    """The result's numbers, models in rows: [(heading, note, header, rows)]."""
+    means, links, levels = [], [], []
+    for model in result["models"]:
+        means.append([model["title"], *(plus_minus(cell["mean"], cell["standard_error"], cell["n"], ".3f") for cell in (model, *model["classes"].values()))])
+        links.append([model["title"], *(plus_minus(cell["r"], cell["standard_error"], cell["n"], "+.3f")
+                                        for kinds in model["correlations"].values() for cell in kinds.values())])
+        levels.append([model["title"], model["model"], *(f"{cut:.3f}" for cut in model["cuts"] or (math.nan, math.nan)), f"{model['largest']:.3f}",
+                       f"{model['distinct']} of {result['settings']['items']}"])
+    return [("Mean flux of kinds of words", CLASS_NOTE, ["model", "all tokens", *TITLES.values()], means),
+            ("Flux and surprisal", SURPRISAL_NOTE, ["model", "own surprisal", "own, within classes", "next token's", "next, within classes"], links),
+            ("Levels", LEVEL_NOTE, ["model", "folder", "low to", "middle to", "most possible", "different texts"], levels)]
+
+
+def flux_subject(result):
+    """What was read, in a sentence."""
+    settings = result["settings"]
+    if settings["text"] is not None:
+        return "A text that was given."
+    return f"Each model's own greedy answers to {settings['items']} items of {', '.join(settings['task'])}."
+
+
+def flux_text(result, colour=False):
+    """The result of `analyse_flux` for a terminal: heat maps of the first items, one line per model, and the tables."""
+    settings, models, lines = result["settings"], result["models"], [FLUX_NOTE, ""]
+    width = max(len(title) for title in ("prompt", *(model["title"] for model in models))) + 2
+    marks = "three backgrounds, light is low" if colour else "low is plain, [middle], [[high]]"
+    shown = min(SHOWN, settings["items"])
+    lines.append(f"{flux_subject(result)} Below, the first {shown}; flux: {marks}" if settings["text"] is None else f"{flux_subject(result)} Flux: {marks}")
+    for i in range(shown):
+        prompt = page.visible(models[0]["shown"][i]["prompt"].rstrip().replace("\n", "↵"))
+        lines += ["", *([f"{'prompt':<{width}}{prompt}"] if prompt else [])]
+        for model in models:
+            tokens = model["shown"][i]["tokens"]
+            line = page.heat_terminal([token["text"].replace("\n", "↵") for token in tokens], [token["level"] for token in tokens], colour)
+            lines.append(f"{page.visible(model['title']):<{width}}{line.lstrip(' ') or '(nothing)'}")
+    for _, note, header, rows in flux_tables(result):
+        lines += ["", note, page.columns(header, rows)]
+    return "\n".join(lines)
+
+
+def flux_sections(result):
+    """The result of `analyse_flux` (or what JSON made of it) as sections of a page: [(heading, html)]; the heat maps, models side
+    by side, then the numbers."""
+    sections = [(heading, page.table(header, rows, note)) for heading, note, header, rows in flux_tables(result)]
+    body, text = page.paragraph(FLUX_NOTE), result["settings"]["text"]
+    for i, item in enumerate(result["models"][0]["shown"]):
+        body += f"<h3>Item {i + 1}</h3>" + page.paragraph(item["prompt"]) if text is None else ""
+        maps = [page.heat([token["text"] for token in tokens], [token["level"] for token in tokens], model["title"])
+                for model in result["models"] for tokens in [model["shown"][i]["tokens"]]]
+        maps = "".join(f'<div style="flex: 1 1 16rem">{one}</div>' for one in maps)
+        body += f'<div style="display: flex; flex-wrap: wrap; gap: 0 1rem">{maps}</div>'
+    return [("Flux, token by token", body), *sections]
+
+
+def analyse_flux(args):
+    """--analyse flux: the information flux (section 6) of --text, or of greedy answers to --task, in several models side by side."""
+    if args.text is not None and args.task:
+        raise BadInput("--text and --task: give one of them, a text to read or a task to answer")
+    if args.text is not None and not args.text.strip():
+        raise BadInput("--text is empty; give a text of two tokens or more")
+    if unmeant := [f"--{name}" for name in ("score", "limit", "out", "steered", "overwrite") if getattr(args, name)]:
+        raise BadInput(f"{unmeant[0]} means nothing with --analyse flux" + (", whose number of items is --items" if unmeant[0] == "--limit" else ""))
+    if args.html and (Path(args.html).is_dir() or not Path(args.html).parent.is_dir()):
+        raise BadInput(f"--html {args.html}: " + ("is a folder; name a file" if Path(args.html).is_dir() else f"there is no folder {Path(args.html).parent}"))
+    if not args.model_given and args.runs != "out" and not Path(args.runs).is_dir():
+        raise BadInput(f"--runs {args.runs}: no such folder; python train.py --steer none int reg makes runs")
+    folders = [*args.model, *([] if args.model_given else first_runs(args.runs, args.model[0]))]
+    if args.text is not None:
+        names, data, items, longest = None, None, [("", args.text)], None
+    else:
+        names, data = split_names(args.task or "toy-sums"), args.data or os.path.relpath(TOY_FOLDER)
+        items = [(example.prompt, None) for name in names for example in load_examples(data, name, "test")[:args.items]]
+        longest = args.max_new_tokens or max(32, *(find(name).max_new_tokens for name in names))
+    device = pick_device(args.device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
+    runs = [arm_of(folder) for folder in folders]
+    models = []
+    for folder, (arm, seed) in zip(folders, runs):
+        model, tokenizer = load(folder, getattr(torch, dtype), device)
+        measured = measure_flux(model, tokenizer, items, longest, int(args.cache_gb * 2**30))
+        numbers = flux_numbers(measured)
+        title = arm if [other for other, _ in runs].count(arm) == 1 else f"{arm} ({folder})"
+        models.append({"model": str(folder), "arm": arm, "seed": seed, "title": title, "largest": math.log(model.config.d_m), **numbers,
+                       "distinct": len({"".join(text for text, _ in item["pieces"]) for item in measured}),
+                       "shown": [{"prompt": item["prompt"], "tokens": flux_pieces(item, numbers["cuts"])} for item in measured[:KEPT]]})
+    settings = {"text": args.text, "task": names, "data": data, "items": len(items), "max_new_tokens": longest, "dtype": dtype}
+    result = {"analysis": "flux", "settings": settings, "models": models}
+    text = flux_text(result, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    if len(folders) == 1 and not args.model_given:
+        text += (f"\nThis is the base model alone: no run made from it is in {args.runs}. python train.py --steer none int reg makes some "
+                 "to stand beside it.")
+    if args.html:
+        write_whole(args.html, page.document("Information flux", flux_subject(result), flux_sections(result)))
+        text += f"\n\nHeat maps of {min(len(items), KEPT)} items and the tables: {args.html}"
+    return result, text
+
+
+ANALYSES = {
+    "flux": (analyse_flux, "a heat map of how many memories each token calls, of --text or of answers to --task, several models side by side"),
+}
 
 # -------------------------------------------------------------------------------------------------------------- command
 
@@ -563,13 +806,18 @@ responses held no answer.""")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
     group = parser.add_argument_group("analyses")
-    group.add_argument("--runs", metavar="DIR", default="out", help="regions, layers, magnitude, ood: the folder of train.py's runs (default: out)")
+    group.add_argument("--runs", metavar="DIR", default="out", help="regions, layers, magnitude, ood, flux: the folder of train.py's runs (default: out)")
+    group.add_argument("--text", help="flux: read this text, in place of the models' own answers to --task (default: toy-sums)")
+    group.add_argument("--html", metavar="FILE", help="flux: write a page with what was found, heat maps in colour")
     group.add_argument("--items", type=positive, metavar="N", default=100, help="items or texts that are looked at (default: 100)")
     args = parser.parse_args()
 
     if not (args.model or args.compare or args.analyse):
         parser.error("give --model DIR to score it, or --compare or --analyse")
+    if args.analyse != "flux" and (args.text is not None or args.html):
+        parser.error("--text and --html go with --analyse flux")
     if args.analyse:
+        args.model_given = bool(args.model)
         args.model = args.model or [os.path.relpath(TOY_FOLDER / "llama")]
         result, text = ANALYSES[args.analyse][0](args)
         return print(json.dumps(result, indent=2) if args.json else text)
