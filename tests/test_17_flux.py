@@ -190,6 +190,20 @@ def test_what_only_the_classes_differ_in_disappears_within_them():
     assert grouped_correlation(torch.full((4000,), 0.1), y, group, text) == (None, None)
 
 
+def test_the_numbers_of_measured_texts():
+    x, y, group, text = drawn()
+    names = [CLASSES[i] for i in group]
+    measured = [{"flux": 5 + 0.1 * group[text == t], "surprisal": (y + group)[text == t], "next": torch.where(torch.arange(len(x)) % 3 > 0, x, torch.nan)[text == t],
+                 "classes": [name for name, at in zip(names, text) if at == t]} for t in range(7)]
+    numbers = evaluation.flux_numbers(measured)
+    own, following = numbers["correlations"]["own"], numbers["correlations"]["next"]
+    assert own["raw"]["r"] == pytest.approx(by_hand(group.double(), y + group, torch.zeros_like(group)), abs=1e-6) and own["within"]["r"] is None
+    assert following["raw"]["n"] == len(x) - len(range(0, len(x), 3)) and own["raw"]["n"] == numbers["n"] == len(x)
+    for i, name in enumerate(CLASSES[:4]):
+        assert numbers["classes"][name] == {"mean": pytest.approx(5 + 0.1 * i), "standard_error": pytest.approx(0, abs=1e-6), "n": int((group == i).sum())}
+    assert numbers["classes"]["content"] == {"mean": None, "standard_error": None, "n": 0}
+
+
 # ------------------------------------------------------------------------------------------------------------------- the command
 
 
@@ -263,6 +277,7 @@ def test_a_hostile_text_is_shown_and_does_nothing(tmp_path, monkeypatch, capsys)
     assert status == 0
     for model in result["models"]:
         assert "".join(token["text"] for token in model["shown"][0]["tokens"]) == HOSTILE
+        assert "<|end_of_text|>" not in [token["text"] for token in model["shown"][0]["tokens"]], "what looks like a control token is plain text"
         assert {token["level"] for token in model["shown"][0]["tokens"]} == {0, 1, 2} and model["standard_error"] is None
         assert model["classes"]["copied"]["n"] == 0 and model["correlations"]["next"]["within"]["standard_error"] is None
         assert model["correlations"]["next"]["raw"]["n"] == model["n"] - 1
