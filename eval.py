@@ -11,7 +11,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +25,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import BadInput, read_json
+from data.page import columns
 from data.tasks import SUITES, TASKS, TOY, chance, find, judge, load as load_examples, make_response
 from data.tokenizer import Tokenizer
 from infosteer import (METHODS, RANKINGS, Steering, divergence, entropy, format_layers, spherical_kmeans, split_groups, surrogates)
-from model import Transformer
+from model import Config, Transformer
 
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"        # the toy world's tasks and models, which ship with the project
+TOY_TRAINING = ",".join(name for name, task in TOY.items() if "train" in task.splits)
 CHUNK = 256                            # items answered between two writes to disk
 
 # --------------------------------------------------------------------------------------------- shared with train.py
@@ -134,8 +141,8 @@ def answer(model, tokenizer, examples, score, max_new_tokens, steering, cache_by
     prompts = [tokenizer.encode(example.prompt, special=False) for example in examples]
     if score == "generate":
         outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
-        stop = set(model.config.eos_ids)
-        return [tokenizer.decode([i for i in ids if i not in stop]) for ids in outputs]
+        stop = set(model.config.eos_ids)                        # and rows of the embedding beyond the tokenizer are padding, without a text
+        return [tokenizer.decode([i for i in ids if i not in stop and i <= tokenizer.max_id]) for ids in outputs]
     responses = [[make_response(find(example.task), choice, "") for choice in example.choices] for example in examples]
     asked, continued = [], []
     for prompt, candidates in zip(prompts, responses):
@@ -222,6 +229,8 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
         else:
             if model is None:
                 model, tokenizer = load(folder, getattr(torch, dtype), device)
+                if steering and METHODS[steering.method].needs:
+                    steering = steering.knowing(load_profile(Path(folder, PROFILE), model, steering, own=True))
             summary = evaluate(model, tokenizer, examples, path, settings, steering, int(cache_gb * 2**30))
         summaries.append(summary)
     return summaries
@@ -258,6 +267,21 @@ def arm_name(steering):
                                         for key, value in unusual.items())])
 
 
+def run_folder(out, model, steering, seed):
+    """Where the run of one arm and seed lives in a folder of several."""
+    return Path(out, f"{Path(model).name}-{arm_name(steering)}-seed{seed}")
+
+
+def runs_from(folder, model):
+    """The finished runs of train.py in a folder that began with this model: [(arm, seed, their folder)], plain fine-tuning first."""
+    found = []
+    for path in sorted(Path(folder).glob("*/args.json")):
+        settings, run = read_run(path.parent), path.parent
+        if run.suffix not in (".partial", ".old") and "steering" in settings and Path(settings["model"]).resolve() == Path(model).resolve():
+            found.append((arm_name(as_steering(settings["steering"])), settings["seed"], run))
+    return sorted(found, key=lambda run: (run[0] != "none", run[0], run[1]))
+
+
 def suite_of(task):
     """The suite in which a task is reported: one of three for the toy world's, itself for the others."""
     return find(task).suite or task
@@ -284,31 +308,27 @@ def find_plain(name):
     return name in TASKS or name in TOY
 
 
-def compare(runs):
+def compare(runs, suites=None):
     """Mean over seeds with standard error, and the difference to plain fine-tuning paired by seed with its 95% interval.
 
     -> [{"model", "arm", "suite", "seeds", "mean", "standard_error", "difference", "interval"}]; None where there is nothing to say.
-    The accuracy of a suite is the mean over its tasks, and a run that has not been scored on all that others of its model have is left
-    out of that suite. A difference whose interval covers zero is none.
+    suites: {name: its tasks}, or None: those of the tasks. The accuracy of a suite is the mean over its tasks, and a run that has not
+    been scored on all of them is left out of that suite. A difference whose interval covers zero is none.
     """
     rows = []
-    found = {suite_of(task) for run in runs for task in run["scores"]}
-    suites = [suite for suite in SUITES if suite in found] + sorted(found - set(SUITES))
     order = {"base": 0, "none": 1}
     for model in dict.fromkeys(run["model"] for run in runs):
-        for arm in sorted({run["arm"] for run in runs if run["model"] == model}, key=lambda arm: (order.get(arm, 2), arm)):
-            for suite in suites:
-                tasks = {task for run in runs if run["model"] == model for task in run["scores"] if suite_of(task) == suite}
-
-                def at(arm):
-                    return {run["seed"]: sum(run["scores"][task] for task in tasks) / len(tasks) for run in runs
-                            if (run["model"], run["arm"]) == (model, arm) and tasks and tasks <= run["scores"].keys()}
-                ours, plain = at(arm), at("none")
-                if not ours:
+        ours = [run for run in runs if run["model"] == model]
+        for arm in sorted({run["arm"] for run in ours}, key=lambda arm: (order.get(arm, 2), arm)):
+            for suite, tasks in (suites or suites_of(task for run in ours for task in run["scores"])).items():
+                at = {name: {run["seed"]: sum(run["scores"][task] for task in tasks) / len(tasks) for run in ours
+                             if run["arm"] == name and set(tasks) <= run["scores"].keys()} for name in (arm, "none")}
+                if not at[arm]:
                     continue
-                mean, error = mean_and_error(list(ours.values()))
-                row = {"model": model, "arm": arm, "suite": suite, "seeds": len(ours), "mean": mean, "standard_error": error, "difference": None, "interval": None}
-                pairs = [ours[seed] - plain[seed] for seed in ours if seed in plain]
+                mean, error = mean_and_error(list(at[arm].values()))
+                row = {"model": model, "arm": arm, "suite": suite, "seeds": len(at[arm]), "mean": mean, "standard_error": error,
+                       "difference": None, "interval": None}
+                pairs = [accuracy - at["none"][seed] for seed, accuracy in at[arm].items() if seed in at["none"]]
                 if arm not in order and pairs:
                     row["difference"], error = mean_and_error(pairs)
                     if error is not None:
@@ -316,6 +336,14 @@ def compare(runs):
                         row["interval"] = [row["difference"] - width, row["difference"] + width]
                 rows.append(row)
     return rows
+
+
+def suites_of(tasks):
+    """Task names -> {suite: its tasks}, the toy world's suites first."""
+    found = {}
+    for task in sorted(set(tasks), key=[*TOY, *TASKS].index):
+        found.setdefault(suite_of(task), []).append(task)
+    return found
 
 
 def mean_and_error(values):
@@ -481,8 +509,11 @@ def save_profile(path, profile, model, steering):
     os.replace(part, path)
 
 
-def load_profile(path, model, steering):
-    """Read what `save_profile` wrote, for the method of `steering`. Raises BadInput for a file that is none, or of another model or method."""
+def load_profile(path, model, steering, own=False):
+    """Read what `save_profile` wrote, for the method of `steering`. Raises BadInput for a file that is none, or of another model or method.
+
+    own: the model is a run with its own profile, which tells of its base model and so of other weights.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             made, found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
@@ -493,7 +524,7 @@ def load_profile(path, model, steering):
     if missing:
         raise BadInput(f"{path}: has no {', '.join(missing)}, which --steer {steering.method} needs; it was made for --steer {made.get('method', '?')}")
     wrong = [f"{name} {list(found[name].shape)} (expected {shape})" for name in needs if list(found[name].shape[:2]) != shape]
-    if wrong or found["fingerprint"].shape != (shape[0],) or not torch.allclose(found["fingerprint"], fingerprint(model), rtol=1e-3):
+    if wrong or not own and (found["fingerprint"].shape != (shape[0],) or not torch.allclose(found["fingerprint"], fingerprint(model), rtol=1e-3)):
         raise BadInput(f"{path}: was made for another model{': ' + '; '.join(wrong) if wrong else ''}")
     for name in ("groups", "subgroups", "buckets"):
         if name in steering.settings and made.get(name) != json.dumps(getattr(steering, name)):
@@ -529,7 +560,222 @@ def change_line(model, prompts, steering):
 # ------------------------------------------------------------------------------------------------------------ analyses
 # Each takes the command's arguments and returns (what --json prints, what people read).
 
-ANALYSES = {}
+
+def task_texts(tokenizer, names, data, n, split="test"):
+    """The first n // len(names) items of each task, as ids of prompt and gold response."""
+    each = max(1, n // len(names))
+    return [tokenizer.encode(e.prompt, special=False) + tokenizer.encode(e.response, bos=False, special=False)
+            for name in names for e in load_examples(data, name, split)[:each]]
+
+
+def key_regions(model, texts, cuts, desc=None):
+    """The share of |k| and of k in the low, middle and high region of each layer: [n_layers, 2, 3].
+
+    cuts: the ends of the regions, [n_layers, 2, 2], or None: the 25th and 75th percentile of this model's own. -> (shares, cuts)
+    """
+    counts = torch.zeros(model.config.n_layers, 2, 3, dtype=torch.float64)
+    if cuts is None:                                                           # a few million coefficients a layer are enough for a percentile
+        kept = [[] for _ in model.blocks]
+        every = -(-sum(map(len, texts)) * model.config.d_m // 2**22)
+        watch(model, texts, lambda layer, h, k, row: kept[layer].append(k.float().flatten()[::every].cpu()), desc=desc and f"{desc} percentiles")
+        kept = [torch.cat(ks) for ks in kept]
+        cuts = torch.stack([torch.stack([torch.quantile(of, torch.tensor([0.25, 0.75])) for of in (k.abs(), k)]) for k in kept])
+
+    def see(layer, h, k, row):
+        for reading, of in enumerate((k.float().abs(), k.float())):
+            counts[layer, reading] += torch.bucketize(of, cuts[layer, reading].to(k.device)).flatten().bincount(minlength=3).cpu()
+
+    watch(model, texts, see, desc=desc)
+    return counts / counts.sum(-1, keepdim=True), cuts
+
+
+def analyse_regions(args):
+    """Key regions (section 6, Fig. 4): where the coefficients of fine-tuned models fall among the percentiles of the base model's."""
+    base = args.model[0]
+    names, device = split_names(args.task or TOY_TRAINING), pick_device(args.device)
+    model, tokenizer = load(base, device=device)
+    texts = task_texts(tokenizer, names, args.data or TOY_FOLDER, args.items)
+    shares, cuts = key_regions(model, texts, None, "base")
+    by_arm = {"base": [shares]}
+    runs = runs_from(args.runs, base)
+    if not runs:
+        raise BadInput(f"--runs {args.runs}: no finished run of train.py that began with {base}; python train.py --steer none int reg makes some")
+    for arm, seed, folder in runs:
+        by_arm.setdefault(arm, []).append(key_regions(load(folder, device=device)[0], texts, cuts, f"{arm} seed {seed}")[0])
+    result = {"model": base, "tasks": names, "texts": len(texts), "tokens": sum(map(len, texts)), "cuts": cuts.tolist(), "arms": {}}
+    for arm, found in by_arm.items():
+        found = torch.stack(found)                                             # [seeds, n_layers, 2, 3]
+        error = (lambda x: (x.std(0) / len(x) ** 0.5).tolist() if len(x) > 1 else None)
+        result["arms"][arm] = {"seeds": len(found), "mean": found.mean((0, 1)).tolist(), "standard_error": error(found.mean(1)),
+                               "layers": found.mean(0).tolist(), "layers_standard_error": error(found)}
+    return result, regions_text(result, args.per_layer)
+
+
+REGIONS = ("low", "middle", "high")
+
+
+def regions_text(result, per_layer=False):
+    lines = [f"{result['model']}: share of the key coefficients in the base model's regions, cut at its 25th and 75th percentile in each layer, in %",
+             f"(mean over layers ± standard error over seeds; prompts and gold responses of {result['texts']} items of {', '.join(result['tasks'])})"]
+    for reading, name in enumerate(("by magnitude |k|: low is idle", "by value k, the literal reading: low is strongly negative")):
+        rows = []
+        for arm, found in result["arms"].items():
+            rows.append([arm, found["seeds"], *(with_error(found["mean"][reading][region], found["standard_error"] and found["standard_error"][reading][region])
+                                                for region in range(3))])
+            if per_layer:
+                rows += [[f"  layer {layer + 1}", None, *(with_error(shares[reading][region], found["layers_standard_error"] and
+                         found["layers_standard_error"][layer][reading][region]) for region in range(3))] for layer, shares in enumerate(found["layers"])]
+        lines += ["", columns([name, "seeds", *REGIONS], rows)]
+    return "\n".join(lines)
+
+
+def with_error(mean, error, digits=1):
+    """A share as percent: 0.123, 0.004 -> "12.3 ± 0.4"."""
+    return f"{100 * mean:.{digits}f}" + ("" if error is None else f" ± {100 * error:.{digits}f}")
+
+
+# ---- sweeps: tables of the paper that need runs of their own
+
+# What the paper reports, in %: mean over its tasks and models (Tables 2 and 8), GSM8K and the mean of five others (Table 4).
+PAPER_TABLES = {
+    "magnitude": {"base": 71.4, "none": 72.6, "int": 73.8, "int-alpha2": 75.5, "int-p0.02-alpha5": 72.8, "reg-lam-0.01": 72.3, "reg": 73.4, "reg-lam0.05": 74.7},
+    "layers": {"none": 72.6, "int early": 73.8, "int middle": 75.2, "int late": 72.9, "int early+middle": 76.3, "int middle+late": 74.5,
+               "reg-lam0.05 middle": 74.9, "reg-lam0.05": 74.7},
+    "ood": {"base": (63.7, 85.3), "none": (65.7, 83.7), "int": (66.8, 86.6), "reg": (66.1, 86.0)},
+}
+OOD_TASKS = ("AddSub", "SingleEq", "MultiArith", "mawps", "SVAMP")           # Table 4 averages these
+
+
+def sweep_arms(name, n_layers):
+    """The arms of a table, {label: Steering}; `int` in both readings of eq. 4 wherever it stands."""
+    arms = {"none": Steering()}
+
+    def add(label, steering):
+        arms[label] = steering
+        if steering.method == "int":
+            arms[f"{label} (by value)"] = replace(steering, rank_by="value")
+
+    if name == "layers":
+        first, second = round(n_layers / 3), round(2 * n_layers / 3)           # 24 layers: 1-8, 9-16, 17-24
+        if not 0 < first < second < n_layers:
+            raise BadInput(f"--analyse layers: {n_layers} layers cannot be divided into early, middle and late ones")
+        early, middle, late = range(1, first + 1), range(first + 1, second + 1), range(second + 1, n_layers + 1)
+        for label, layers in {"early": early, "middle": middle, "late": late, "early+middle": [*early, *middle], "middle+late": [*middle, *late]}.items():
+            add(f"int {label}", Steering("int", layers={layer: {} for layer in layers}))
+        add("reg-lam0.05 middle", Steering("reg", lam=0.05, layers={layer: {} for layer in middle}))
+        add("reg-lam0.05", Steering("reg", lam=0.05))
+    else:
+        for steering in ([Steering("int"), Steering("int", alpha=2.0), Steering("int", p=0.02, alpha=5.0), Steering("reg", lam=-0.01), Steering("reg"),
+                          Steering("reg", lam=0.05)] if name == "magnitude" else [Steering("int"), Steering("reg")]):
+            add(arm_name(steering), steering)
+    return arms
+
+
+def flags(steering):
+    """The flags of train.py that ask for this steering."""
+    usual, given = vars(Steering()), ["--steer", steering.method]
+    for name, value in steering.settings.items():
+        if name != "method" and value != usual[name]:
+            given.append(f"--{name.replace('_', '-')}={format_layers(value) if name == 'layers' else value}")
+    return given
+
+
+def train_missing(args, arms, model, task, data):
+    """Train, one after the other, the runs of these arms and seeds that are not in --runs yet; an interrupted one goes on."""
+    wanted = [(steering, seed, run_folder(args.runs, model, steering, seed)) for seed in args.seed for steering in arms.values()]
+    missing = [run for run in wanted if not read_run(run[2])]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--model", model, "--task", task, "--data", data, "--device", args.device,
+               "--train-only", *shlex.split(args.train_flags)]
+
+    def train(out, *more, quiet=False):
+        done = subprocess.run([*command, "--out", str(out), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet or not sys.stderr.isatty() else None)
+        if done.returncode:
+            why = (done.stderr or b"").decode(errors="replace").strip().splitlines()
+            raise BadInput(f"training {out} failed: {why[-1] if why else 'see above'}")
+
+    if missing:
+        seconds = None
+        with tempfile.TemporaryDirectory() as probe:                           # a few steps tell how long it will take
+            train(Path(probe, "run"), "--steps", "3", "--warmup", "1", quiet=True)
+            settings = read_run(Path(probe, "run"))
+            with open(Path(probe, "run", "log.jsonl"), encoding="utf-8") as log:
+                seconds = min(line["tokens"] / line["tokens_per_second"] for line in map(json.loads, log))
+        print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them finished; training the others takes about "
+              f"{len(missing) * seconds * settings['epochs'] * -(-settings['examples'] // settings['batch']) / 60:.0f} minutes, then they are scored", file=sys.stderr)
+    with tqdm(missing, desc="runs", unit="run", disable=None) as bar:
+        for steering, seed, out in bar:
+            train(out, "--seed", str(seed), *flags(steering), *(["--resume"] if Path(f"{out}.partial").exists() else []))
+    return wanted
+
+
+def analyse_sweep(name, args):
+    """Tables 2, 4 and 8: train what is missing, score it, and compare."""
+    model, device = args.model[0], args.device
+    task = args.task or ("gsm8k" if name == "ood" and args.data else TOY_TRAINING)
+    if args.task and not args.data:
+        raise BadInput(f"--task {args.task} needs --data, the folder with TASK/train.json")
+    names, data = split_names(task), args.data or os.path.relpath(TOY_FOLDER)
+    toy = all(find(task).suite for task in names)
+    tested = list(TOY) if toy else [*names, *(OOD_TASKS + ("AQuA",) if name == "ood" else ())]
+    for test in tested:
+        load_examples(data, test, "test")                                      # a missing file shows before hours of training, not after
+    arms = sweep_arms(name, Config.from_pretrained(model).n_layers)
+    wanted = train_missing(args, arms, model, task, data)
+    settings = {folder: read_run(folder) for _, _, folder in wanted}
+    for key in ("task", "data_sha256", "epochs", "steps", "batch", "max_length", "lr", "warmup", "weight_decay", "clip", "precision", "limit"):
+        values = {str(of.get(key)): folder for folder, of in settings.items()}
+        if len(values) > 1:
+            raise BadInput(f"{' and '.join(map(str, values.values()))} differ in {key} ({', '.join(values)}); runs that are compared need one recipe: "
+                           "--runs elsewhere, or train them again")
+
+    def scored(folder, out=None):
+        return {summary["task"]: summary["accuracy"] for summary in score(folder, tested, data, out, device=device, limit=args.limit)}
+
+    base = Path(args.runs, f"{Path(model).name}-base")
+    base.mkdir(parents=True, exist_ok=True)
+    write_whole(base / "args.json", json.dumps({"model": model, "base": True}) + "\n")
+    runs = [{"model": model, "arm": "base", "seed": None, "scores": scored(model, base / "eval")}]
+    labels = {arm_name(steering): label for label, steering in arms.items()}
+    for steering, seed, folder in tqdm(wanted, desc="scoring runs", unit="run", disable=None):
+        runs.append({"model": model, "arm": arm_name(steering), "seed": seed, "scores": scored(folder)})
+    suites = suites_of(tested)
+    if name == "ood":
+        suites = {"in distribution": [t for t in tested if find(t).suite == SUITES[0]], "out of distribution": [t for t in tested if find(t).suite == SUITES[1]]} if toy else {
+            "in distribution": names, "out of distribution": list(OOD_TASKS)}
+        suites |= {t: [t] for t in tested}
+    rows = compare(runs, suites)
+    for row in rows:
+        row["label"] = labels.get(row["arm"], row["arm"])
+    rows.sort(key=lambda row: [*["base"], *labels.values()].index(row["label"]))
+    result = {"table": name, "model": model, "seeds": args.seed, "recipe": {key: next(iter(settings.values()))[key] for key in ("task", "epochs", "batch", "lr", "warmup")},
+              "rows": rows, "paper": PAPER_TABLES[name]}
+    return result, sweep_text(result)
+
+
+def sweep_text(result):
+    suites = list(dict.fromkeys(row["suite"] for row in result["rows"]))
+    paper = result["paper"]
+    header = ["arm", "seeds", *suites, "the paper"]
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in result["rows"]):
+        cells = {row["suite"]: row for row in result["rows"] if row["label"] == label}
+        figure = paper.get(label)
+        figure = f"{figure[0]} / {figure[1]}" if isinstance(figure, tuple) else None if figure is None else str(figure)
+        lines.append([label, max(cell["seeds"] for cell in cells.values()), *(percent(cells.get(suite)) for suite in suites), figure])
+        if any(cell["difference"] is not None for cell in cells.values()):
+            lines.append(["", None, *(difference(cells.get(suite)) for suite in suites), None])
+    about = {"layers": "Table 8, mean over its tasks", "magnitude": "Table 2, mean over its tasks", "ood": "Table 4, GSM8K / mean of five other sets"}[result["table"]]
+    return "\n".join([f"{result['model']}: accuracy in %, mean ± standard error over seeds; below, the difference to none, paired by seed, with its 95% interval",
+                      f"(the last column is the paper's {about}, on models a thousand times as large; other tasks, so only signs compare)", "",
+                      columns(header, lines), "", "none: the interval covers zero, so nothing was shown."])
+
+
+ANALYSES = {
+    "regions": (analyse_regions, "where the key coefficients of the fine-tuned models in --runs fall among the percentiles of the base model's (Fig. 4)"),
+    "layers": (partial(analyse_sweep, "layers"), "steering early, middle or late layers (Table 8); trains what is missing in --runs"),
+    "magnitude": (partial(analyse_sweep, "magnitude"), "weak and strong steering (Table 2); trains what is missing"),
+    "ood": (partial(analyse_sweep, "ood"), "in and out of distribution, set by set (Table 4, Fig. 3); trains what is missing"),
+}
 
 # -------------------------------------------------------------------------------------------------------------- command
 
@@ -565,6 +811,9 @@ responses held no answer.""")
     group = parser.add_argument_group("analyses")
     group.add_argument("--runs", metavar="DIR", default="out", help="regions, layers, magnitude, ood: the folder of train.py's runs (default: out)")
     group.add_argument("--items", type=positive, metavar="N", default=100, help="items or texts that are looked at (default: 100)")
+    group.add_argument("--per-layer", action="store_true", help="regions: each layer too")
+    group.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="layers, magnitude, ood: the seeds of the runs (default: 0 1 2)")
+    group.add_argument("--train-flags", metavar="'FLAGS'", default="", help="layers, magnitude, ood: more flags for train.py, as --train-flags='--lr 1e-4 --batch 16'")
     args = parser.parse_args()
 
     if not (args.model or args.compare or args.analyse):
