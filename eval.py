@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import BadInput, read_json
-from data.page import columns
+from data import BadInput, page, read_json
 from data.tasks import SUITES, TASKS, TOY, chance, find, judge, load as load_examples, make_response
 from data.tokenizer import Tokenizer
 from infosteer import (METHODS, RANKINGS, Steering, divergence, entropy, format_layers, spherical_kmeans, split_groups, surrogates)
@@ -568,7 +567,7 @@ def task_texts(tokenizer, names, data, n, split="test"):
             for name in names for e in load_examples(data, name, split)[:each]]
 
 
-def key_regions(model, texts, cuts, desc=None):
+def key_regions(model, texts, cuts):
     """The share of |k| and of k in the low, middle and high region of each layer: [n_layers, 2, 3].
 
     cuts: the ends of the regions, [n_layers, 2, 2], or None: the 25th and 75th percentile of this model's own. -> (shares, cuts)
@@ -577,7 +576,7 @@ def key_regions(model, texts, cuts, desc=None):
     if cuts is None:                                                           # a few million coefficients a layer are enough for a percentile
         kept = [[] for _ in model.blocks]
         every = -(-sum(map(len, texts)) * model.config.d_m // 2**22)
-        watch(model, texts, lambda layer, h, k, row: kept[layer].append(k.float().flatten()[::every].cpu()), desc=desc and f"{desc} percentiles")
+        watch(model, texts, lambda layer, h, k, row: kept[layer].append(k.float().flatten()[::every].cpu()))
         kept = [torch.cat(ks) for ks in kept]
         cuts = torch.stack([torch.stack([torch.quantile(of, torch.tensor([0.25, 0.75])) for of in (k.abs(), k)]) for k in kept])
 
@@ -585,30 +584,35 @@ def key_regions(model, texts, cuts, desc=None):
         for reading, of in enumerate((k.float().abs(), k.float())):
             counts[layer, reading] += torch.bucketize(of, cuts[layer, reading].to(k.device)).flatten().bincount(minlength=3).cpu()
 
-    watch(model, texts, see, desc=desc)
+    watch(model, texts, see)
     return counts / counts.sum(-1, keepdim=True), cuts
 
 
 def analyse_regions(args):
     """Key regions (section 6, Fig. 4): where the coefficients of fine-tuned models fall among the percentiles of the base model's."""
-    base = args.model[0]
-    names, device = split_names(args.task or TOY_TRAINING), pick_device(args.device)
-    model, tokenizer = load(base, device=device)
-    texts = task_texts(tokenizer, names, args.data or TOY_FOLDER, args.items)
-    shares, cuts = key_regions(model, texts, None, "base")
-    by_arm = {"base": [shares]}
-    runs = runs_from(args.runs, base)
-    if not runs:
-        raise BadInput(f"--runs {args.runs}: no finished run of train.py that began with {base}; python train.py --steer none int reg makes some")
-    for arm, seed, folder in runs:
-        by_arm.setdefault(arm, []).append(key_regions(load(folder, device=device)[0], texts, cuts, f"{arm} seed {seed}")[0])
-    result = {"model": base, "tasks": names, "texts": len(texts), "tokens": sum(map(len, texts)), "cuts": cuts.tolist(), "arms": {}}
-    for arm, found in by_arm.items():
-        found = torch.stack(found)                                             # [seeds, n_layers, 2, 3]
-        error = (lambda x: (x.std(0) / len(x) ** 0.5).tolist() if len(x) > 1 else None)
-        result["arms"][arm] = {"seeds": len(found), "mean": found.mean((0, 1)).tolist(), "standard_error": error(found.mean(1)),
-                               "layers": found.mean(0).tolist(), "layers_standard_error": error(found)}
+    result = regions_of(args.model[0], args.runs, split_names(args.task or TOY_TRAINING), args.data or TOY_FOLDER, args.items, pick_device(args.device))
     return result, regions_text(result, args.per_layer)
+
+
+def regions_of(base, runs, names, data, n, device):
+    """The regions of a base model and of its runs in a folder, on prompts and gold responses of n test items of the named tasks."""
+    found = runs_from(runs, base)
+    if not found:
+        raise BadInput(f"--runs {runs}: no finished run of train.py that began with {base}; python train.py --steer none int reg makes some")
+    model, tokenizer = load(base, device=device)
+    texts = task_texts(tokenizer, names, data, n)
+    shares, cuts = key_regions(model, texts, None)
+    by_arm = {"base": {None: shares}}
+    for arm, seed, folder in tqdm(found, desc="key regions", unit="model", disable=None):
+        by_arm.setdefault(arm, {})[seed] = key_regions(load(folder, device=device)[0], texts, cuts)[0]
+    result = {"model": str(base), "tasks": names, "texts": len(texts), "tokens": sum(map(len, texts)), "cuts": cuts.tolist(), "arms": {}}
+    for arm, of_seed in by_arm.items():
+        stacked = torch.stack(list(of_seed.values()))                          # [seeds, n_layers, 2, 3]
+        error = (lambda x: (x.std(0) / len(x) ** 0.5).tolist() if len(x) > 1 else None)
+        result["arms"][arm] = {"seeds": len(stacked), "mean": stacked.mean((0, 1)).tolist(), "standard_error": error(stacked.mean(1)),
+                               "layers": stacked.mean(0).tolist(), "layers_standard_error": error(stacked),
+                               "by_seed": {seed: shares.mean(0).tolist() for seed, shares in of_seed.items()}}
+    return result
 
 
 REGIONS = ("low", "middle", "high")
@@ -625,7 +629,7 @@ def regions_text(result, per_layer=False):
             if per_layer:
                 rows += [[f"  layer {layer + 1}", None, *(with_error(shares[reading][region], found["layers_standard_error"] and
                          found["layers_standard_error"][layer][reading][region]) for region in range(3))] for layer, shares in enumerate(found["layers"])]
-        lines += ["", columns([name, "seeds", *REGIONS], rows)]
+        lines += ["", page.columns([name, "seeds", *REGIONS], rows)]
     return "\n".join(lines)
 
 
@@ -643,6 +647,7 @@ PAPER_TABLES = {
                "reg-lam0.05 middle": 74.9, "reg-lam0.05": 74.7},
     "ood": {"base": (63.7, 85.3), "none": (65.7, 83.7), "int": (66.8, 86.6), "reg": (66.1, 86.0)},
 }
+ABOUT = {"layers": "Table 8, mean over its tasks", "magnitude": "Table 2, mean over its tasks", "ood": "Table 4, GSM8K / mean of five other sets"}
 OOD_TASKS = ("AddSub", "SingleEq", "MultiArith", "mawps", "SVAMP")           # Table 4 averages these
 
 
@@ -740,9 +745,7 @@ def analyse_sweep(name, args):
         runs.append({"model": model, "arm": arm_name(steering), "seed": seed, "scores": scored(folder)})
     suites = suites_of(tested)
     if name == "ood":
-        suites = {"in distribution": [t for t in tested if find(t).suite == SUITES[0]], "out of distribution": [t for t in tested if find(t).suite == SUITES[1]]} if toy else {
-            "in distribution": names, "out of distribution": list(OOD_TASKS)}
-        suites |= {t: [t] for t in tested}
+        suites = (suites if toy else {"in distribution": names, "out of distribution": list(OOD_TASKS), "AQuA": ["AQuA"]}) | {t: [t] for t in tested}
     rows = compare(runs, suites)
     for row in rows:
         row["label"] = labels.get(row["arm"], row["arm"])
@@ -753,21 +756,28 @@ def analyse_sweep(name, args):
 
 
 def sweep_text(result):
-    suites = list(dict.fromkeys(row["suite"] for row in result["rows"]))
-    paper = result["paper"]
-    header = ["arm", "seeds", *suites, "the paper"]
+    """The table of a sweep: arms down, suites across with what the paper has; the single sets of `ood` the other way round, they are many."""
+    suites, single = list(dict.fromkeys(row["suite"] for row in result["rows"])), []
+    if result["table"] == "ood":
+        suites, single = suites[:3], suites[3:]
+    cells = {(row["label"], row["suite"]): row for row in result["rows"]}
+    labels = list(dict.fromkeys(label for label, _ in cells))
     lines = []
-    for label in dict.fromkeys(row["label"] for row in result["rows"]):
-        cells = {row["suite"]: row for row in result["rows"] if row["label"] == label}
-        figure = paper.get(label)
-        figure = f"{figure[0]} / {figure[1]}" if isinstance(figure, tuple) else None if figure is None else str(figure)
-        lines.append([label, max(cell["seeds"] for cell in cells.values()), *(percent(cells.get(suite)) for suite in suites), figure])
-        if any(cell["difference"] is not None for cell in cells.values()):
-            lines.append(["", None, *(difference(cells.get(suite)) for suite in suites), None])
-    about = {"layers": "Table 8, mean over its tasks", "magnitude": "Table 2, mean over its tasks", "ood": "Table 4, GSM8K / mean of five other sets"}[result["table"]]
-    return "\n".join([f"{result['model']}: accuracy in %, mean ± standard error over seeds; below, the difference to none, paired by seed, with its 95% interval",
-                      f"(the last column is the paper's {about}, on models a thousand times as large; other tasks, so only signs compare)", "",
-                      columns(header, lines), "", "none: the interval covers zero, so nothing was shown."])
+    for label in labels:
+        figure = result["paper"].get(label)
+        lines += [[label, max(cells[label, suite]["seeds"] for suite in suites if (label, suite) in cells), *(percent(cells.get((label, suite))) for suite in suites),
+                   " / ".join(map(str, figure)) if isinstance(figure, tuple) else figure]]
+        if label not in ("base", "none"):
+            lines.append(["", None, *(difference(cells.get((label, suite))) for suite in suites), None])
+    text = [f"{result['model']}: accuracy in %, mean ± standard error over seeds; below, the difference to none, paired by seed, with its 95% interval",
+            f"(last column: the paper's {ABOUT[result['table']]}, on models a thousand times as large and other tasks: only signs compare)", "",
+            page.columns(["arm", "seeds", *suites, "the paper"], lines)]
+    if single:
+        lines = []
+        for suite in single:
+            lines += [[suite, *(percent(cells.get((label, suite))) for label in labels)], ["", *(difference(cells.get((label, suite))) for label in labels)]]
+        text += ["", page.columns(["set", *labels], lines)]
+    return "\n".join([*text, "", "none: the interval covers zero, so nothing was shown."])
 
 
 ANALYSES = {
@@ -776,6 +786,126 @@ ANALYSES = {
     "magnitude": (partial(analyse_sweep, "magnitude"), "weak and strong steering (Table 2); trains what is missing"),
     "ood": (partial(analyse_sweep, "ood"), "in and out of distribution, set by set (Table 4, Fig. 3); trains what is missing"),
 }
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def interval(values):
+    """Mean and 95% interval (Student's t) of a few numbers: (mean, low, high), the ends None for a single one."""
+    mean, error = mean_and_error(values)
+    if error is None:
+        return mean, None, None
+    width = T975[min(len(values) - 1, len(T975)) - 1] * error
+    return mean, mean - width, mean + width
+
+
+def verdict(values, sign=1):
+    """Does a difference have the sign that the paper reports? Its values over seeds -> (words, numbers in percentage points)."""
+    mean, low, high = (None if x is None else 100 * x for x in interval(values))
+    if low is None:
+        return "one seed: not shown", f"{mean:+.1f}"
+    words = "not shown: the interval covers zero" if low <= 0 <= high else "as in the paper" if (mean > 0) == (sign > 0) else "the opposite"
+    return words, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def claims(rows, regions):
+    """What the paper claims, what these runs show: [[claim, where, difference in points, verdict]]."""
+    found = []
+    compared = [row for row in rows if row["interval"]]
+    for method, name in (("int", "raising the smallest coefficients (int)"), ("reg", "rewarding the key entropy (reg)")):
+        for row in compared:
+            if row["arm"].partition("-")[0] == method:
+                low, high = row["interval"]
+                words = "not shown: the interval covers zero" if low <= 0 <= high else "as in the paper" if low > 0 else "the opposite"
+                found.append([f"{name} beats plain fine-tuning (Tables 1, 2 and 4)", f"{row['arm']}, {row['suite']}", difference(row).removeprefix("none "), words])
+    arms = regions["arms"] if regions else {}
+
+    def shift(arm, region, against):
+        ours, other = arms[arm]["by_seed"], arms[against]["by_seed"]
+        return [shares[0][region] - other[None if against == "base" else seed][0][region] for seed, shares in ours.items() if against == "base" or seed in other]
+
+    for arm in arms:
+        for claim, region, sign, against in {
+                "none": (("plain fine-tuning moves coefficients into the low region (Fig. 4)", 0, 1, "base"),),
+                "int": (("int moves coefficients out of the low region (Fig. 4)", 0, -1, "none"), ("int moves coefficients into the high region (Fig. 4)", 2, 1, "none")),
+                "reg": (("reg takes coefficients from the low region (Fig. 4)", 0, -1, "none"), ("reg takes coefficients from the high region (Fig. 4)", 2, -1, "none"),
+                        ("reg moves coefficients into the middle region (Fig. 4)", 1, 1, "none"))}.get(arm.partition("-")[0], ()):
+            if against in arms and (values := shift(arm, region, against)):
+                words, numbers = verdict(values, sign)
+                found.append([claim, f"{arm} against {against}, |k|", numbers, words])
+    return found
+
+
+def report(folder, device):
+    """One self-contained HTML page about the runs in a folder: what was run, what came out, and what the memories do. -> the page."""
+    runs, sections = find_runs(folder), []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        ours = [run for run in runs if run["model"] == model]
+        sections += [(f"{model}: {heading}" if len({run["model"] for run in runs}) > 1 else heading, body) for heading, body in report_sections(folder, model, ours, device)]
+    intro = ("InfoSteer steers how much of its feed-forward memory a language model uses while it is fine-tuned. This page shows every run in "
+             f"{folder}: what was done, what came out, and how sure that is. Accuracies are means over seeds ± standard error; differences to plain fine-tuning "
+             "(none) are paired by seed, with a 95% interval, and the word none stands where that covers zero, so that nothing was shown.")
+    return page.document("InfoSteer: what came out", intro, sections)
+
+
+def report_sections(folder, model, runs, device):
+    """The sections about the runs that began with one model: [(heading, HTML)]."""
+    trained = runs_from(folder, model)
+    settings = [read_run(run) for _, _, run in trained]
+    rows = compare(runs)
+    commands = page.preformatted("\n".join(dict.fromkeys(of["command"] for of in settings if "command" in of)))
+    lines = {}                                                                 # one for the runs that differ in nothing but the seed
+    for (arm, seed, _), of in zip(trained, settings):
+        lines.setdefault((arm, str(as_steering(of["steering"])), of["steps_total"], of["batch"], of["lr"], of["warmup"], of["examples"],
+                          f"{of['precision']}, {of['device']}", f"{of['versions']['torch']}, {of['versions']['python']}"), []).append(seed)
+    sections = [("What was run", page.table(["arm", "seeds", "steering", "steps", "batch", "lr", "warm-up", "examples", "precision, device", "torch, Python"],
+                                            [[line[0], " ".join(map(str, seeds)), *line[1:]] for line, seeds in lines.items()]) + commands)]
+
+    suites, arms = list(dict.fromkeys(row["suite"] for row in rows)), list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["arm"], row["suite"]): row for row in rows}
+    lines = []
+    for arm in arms:
+        lines.append([arm, max(cells[arm, suite]["seeds"] for suite in suites if (arm, suite) in cells), *("\n".join(
+            text for text in (percent(cells.get((arm, suite))), difference(cells.get((arm, suite)))) if text) for suite in suites)])
+    sections.append(("Accuracy", page.table(["arm", "seeds", *suites], lines, note="in %; mean ± standard error over seeds, and the difference to none")))
+
+    def chart(rows, groups, note):
+        cells = {(row["arm"], row["suite"]): (round(100 * row["mean"], 1), row["standard_error"] and 100 * row["standard_error"]) for row in rows}
+        return page.bars(groups, {arm: [cells.get((arm, group)) for group in groups] for arm in arms}, note=note)
+
+    sections.append(("In and out of distribution", chart(rows, suites, "mean over the sets of each suite; bars: standard error over seeds")))
+    tasks = sorted({task for run in runs for task in run["scores"]}, key=[*TOY, *TASKS].index)
+    sections.append(("Set by set (the paper's Fig. 3)", chart(compare(runs, {task: [task] for task in tasks}), tasks, "bars: standard error over seeds")))
+
+    curves = {"loss of the language model, nats a token": "lm_loss", "key entropy (information flux), nats": "key_entropy"}
+    drawn = trained if len(trained) <= MOST_CURVES else [next(run for run in trained if run[0] == arm) for arm in dict.fromkeys(arm for arm, _, _ in trained)]
+    logs = {f"{arm} seed {seed}": [json.loads(line) for line in open(run / "log.jsonl", encoding="utf-8")] for arm, seed, run in drawn[:MOST_CURVES]}
+    note = "" if len(drawn) == len(trained) else f"the first seed of each arm; {len(trained)} runs in all"
+    sections.append(("Training", "".join(page.curves({name: [(line["step"], line[key]) for line in log] for name, log in logs.items()}, "step", label, note=note)
+                                         for label, key in curves.items())))
+    if not Path(model).is_dir():
+        why = page.paragraph(f"{model}, the model that these runs began with, is not there, so what its memories do cannot be shown.")
+        return sections + [("What the paper claims", claims_table(claims(rows, None))), ("Memories", why)]
+
+    names, data = split_names(settings[0]["task"]), settings[0]["data"]
+    names = [name for name in names if "test" in find(name).splits]
+    regions = regions_of(model, folder, names, data, REPORT_ITEMS, device)
+    body = ""
+    for reading, name in enumerate(("by magnitude |k|: low is idle", "by value k: low is strongly negative")):
+        body += page.bars(list(REGIONS), {arm: [(round(100 * found["mean"][reading][region], 1), found["standard_error"] and 100 * found["standard_error"][reading][region])
+                          for region in range(3)] for arm, found in regions["arms"].items()}, note=f"share of the key coefficients in the base model's regions, {name}")
+    sections.append(("Key regions (the paper's Fig. 4)", body))
+    return [*sections[:1], ("What the paper claims, and what is seen here", claims_table(claims(rows, regions))), *sections[1:]]
+
+
+REPORT_ITEMS = 60                      # items whose tokens are looked at
+MOST_CURVES = 20
+
+
+def claims_table(found):
+    return page.table(["the paper", "here", "difference, points", "shown?"], found, note="95% intervals over seeds. Every comparison made is in this table; one in twenty of "
+                      "them would exclude zero by chance alone.")
+
 
 # -------------------------------------------------------------------------------------------------------------- command
 
@@ -789,6 +919,7 @@ responses held no answer.""")
                         "something is analysed: data/toy/llama)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--compare", metavar="DIR", help="instead of scoring: compare the scored runs in this folder over their seeds")
+    what.add_argument("--report", metavar="DIR", help="instead of scoring: write report.html, one page about the scored runs in this folder, into it")
     what.add_argument("--analyse", choices=ANALYSES, help="instead of scoring: " + "; ".join(f"{name}: {doc}" for name, (_, doc) in ANALYSES.items()))
     parser.add_argument("--task", metavar="A,B", help=f"a comma list of: {', '.join(TASKS)}; or of the toy world's: {', '.join(TOY)} (default: the toy world's)")
     parser.add_argument("--data", metavar="DIR", help="the folder with TASK/test.json, as python data/prepare.py makes one (default: data/toy)")
@@ -816,15 +947,19 @@ responses held no answer.""")
     group.add_argument("--train-flags", metavar="'FLAGS'", default="", help="layers, magnitude, ood: more flags for train.py, as --train-flags='--lr 1e-4 --batch 16'")
     args = parser.parse_args()
 
-    if not (args.model or args.compare or args.analyse):
-        parser.error("give --model DIR to score it, or --compare or --analyse")
+    if not (args.model or args.compare or args.analyse or args.report):
+        parser.error("give --model DIR to score it, or --compare, --report or --analyse")
+    for name in ("compare", "report"):
+        if (folder := getattr(args, name)) and not Path(folder).is_dir():
+            raise BadInput(f"--{name} {folder}: no such folder")
+    if args.report:
+        write_whole(Path(args.report, "report.html"), report(args.report, pick_device(args.device)))
+        return print(f"{Path(args.report, 'report.html')}: open it in a browser")
     if args.analyse:
         args.model = args.model or [os.path.relpath(TOY_FOLDER / "llama")]
         result, text = ANALYSES[args.analyse][0](args)
         return print(json.dumps(result, indent=2) if args.json else text)
     if args.compare:
-        if not Path(args.compare).is_dir():
-            raise BadInput(f"--compare {args.compare}: no such folder")
         rows = compare(find_runs(args.compare))
         return print(json.dumps(rows, indent=2) if args.json else comparison_table(rows))
     if len(args.model) > 1:

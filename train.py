@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -55,7 +56,7 @@ TOY_FAMILIES = {                       # --pretrain NAME -> what its config.json
 IGNORE = -100                          # the target of tokens that are not supervised
 CONTROL = ("train_only", "resume", "overwrite", "save_every", "steering", "out", "arms")      # flags that are no settings of a run
 SETTINGS = sorted({name for method in METHODS for base in BASES for name in meaningful(method, base)})      # flags of the steering
-MACHINE = ("device", "micro_tokens", "checkpoint", "versions")      # settings that --resume may change: the run stays the same
+MACHINE = ("command", "device", "micro_tokens", "checkpoint", "versions")      # settings that --resume may change: the run stays the same
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
@@ -134,6 +135,7 @@ def read_settings(argv=None):
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run, given the same flags")
     group.add_argument("--overwrite", action="store_true", help="replace a finished or interrupted run at --out")
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
 
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     meant = {method: meaningful(method, args.base or "int") for method in args.steer}
