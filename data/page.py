@@ -1,7 +1,7 @@
 """Values in, text out: the pieces of a report that is one HTML file, and their likes for a terminal.
 
 The file opens from disk, on a phone too, and asks nobody for anything: no script, no font, no style, no image from elsewhere, and a policy
-in its head that would refuse them. Texts come from models and from data files, so every text is hostile until `lines` has been over it.
+in its head that would refuse them. Texts come from models and from data files, so every text is hostile until `escape` has been over it.
 Charts are SVG whose lengths are percentages of whatever width the reader has, and whose letters therefore keep their size.
 """
 import html
@@ -30,9 +30,10 @@ h2 { margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--l
 a { color: var(--link); }
 nav ul { padding-left: 1.2rem; }
 figure { margin: 1rem 0; }
-figcaption, .legend { margin: .4rem 0; color: var(--faint); font-size: .875rem; }
-.legend span { display: inline-block; margin-right: 1.1rem; color: var(--ink); }
+figcaption, .legend, .axis { margin: .4rem 0; color: var(--faint); font-size: .875rem; }
+.legend span { display: inline-block; max-width: calc(100% - 1.1rem); margin-right: 1.1rem; color: var(--ink); }
 .legend svg { width: 26px; height: 12px; margin-right: .35rem; vertical-align: -1px; }
+.axis { margin-top: 0; text-align: center; }
 .wide { overflow-x: auto; }
 pre, .heat { padding: .75rem; border-radius: 6px; background: var(--box); font: 14px/1.5 ui-monospace, monospace; }
 pre { margin: 1rem 0; overflow-x: auto; }
@@ -40,22 +41,26 @@ table { border-collapse: collapse; font-size: .9375rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { vertical-align: bottom; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.long { min-width: 16rem; max-width: 32rem; }
+.long { min-width: 16rem; max-width: 32rem; overflow-wrap: anywhere; }
 .chart { display: block; width: 100%; overflow: visible; font: 12px system-ui, sans-serif; fill: var(--ink); }
+.chart text { stroke: var(--page); stroke-width: 3px; paint-order: stroke; }
+.bars { padding: 0 3.2rem 0 1.2rem; }
+.curves { padding: 8px 1.8rem 0 56px; }
 .faint { fill: var(--faint); }
 .grid { stroke: var(--line); }
 .zero { stroke: var(--faint); }
-.error { stroke: var(--ink); stroke-width: 1.5; }
+.error { fill: var(--ink); stroke: var(--page); stroke-width: .75; }
 .hue0 { color: var(--hue0); } .hue1 { color: var(--hue1); } .hue2 { color: var(--hue2); } .hue3 { color: var(--hue3); } .hue4 { color: var(--hue4); }
 .bar { fill: currentColor; stroke: currentColor; }
 .again1 { fill-opacity: .35; } .again2, .again3 { fill-opacity: 0; stroke-dasharray: 2 2; }
-.curve { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: butt; vector-effect: non-scaling-stroke; }
+.curve { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: butt; vector-effect: non-scaling-stroke; }
 .dot { fill: currentColor; }
 .heat { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; }
 .heat small { color: var(--faint); }
 .level1 { background: var(--level1); border-bottom: 1px dotted var(--ink); }
 .level2 { background: var(--level2); border-bottom: 2px solid var(--ink); }
-svg, .heat, .heat span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+.heat .level1, .heat .level2 { box-shadow: inset 1px 0 var(--box); }
+svg, span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 @media print { body { max-width: none; padding: 0; } pre { white-space: pre-wrap; } .wide { overflow: visible; }
   tr, .legend { break-inside: avoid; } h2 { break-after: avoid; } }
 """
@@ -89,11 +94,6 @@ def number(value, digits=4) -> str:
     if not drawable(value):
         return "n/a"
     return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < 1e15 else f"{value:.{digits}g}"
-
-
-def measure(value, error, unit="") -> str:
-    """A value with its standard error, to six digits: what a bar says of itself."""
-    return number(value, 6) + (f" ± {number(error, 6)}" if drawable(error) else "") + (f" {unit}" if unit else "")
 
 
 def cell(value) -> str:
@@ -135,9 +135,9 @@ def preformatted(text: str) -> str:
     return f"<pre>\n{escape(text)}</pre>"                   # HTML drops the newline after <pre>, and would drop the text's own
 
 
-def figure(body, note, kind="") -> str:
+def figure(body, note="") -> str:
     caption = f"<figcaption>{lines(note)}</figcaption>" if note else ""
-    return f"<figure{kind}>\n{body}\n{caption}</figure>"
+    return f"<figure>\n{body}\n{caption}</figure>"
 
 
 def table(header: list[str], rows: list[list], note: str = "") -> str:
@@ -146,11 +146,11 @@ def table(header: list[str], rows: list[list], note: str = "") -> str:
         return paragraph(NOTHING)
 
     def one(tag, value, right):
-        kind = "number" if right else "long" if len(cell(value)) > 60 else ""
-        return f"<{tag} class=\"{kind}\">{lines(cell(value))}</{tag}>" if kind else f"<{tag}>{lines(cell(value))}</{tag}>"
+        kind = ' class="number"' if right else ' class="long"' if len(cell(value)) > 60 else ""
+        return f"<{tag}{kind}>{lines(cell(value))}</{tag}>"
 
     head = "".join(one("th", name, right) for name, right in zip(header, right_columns(header, rows)))
-    body = "".join("<tr>" + "".join(one("td", value, value is not None and numeric(value)) for value in row) + "</tr>\n" for row in rows)
+    body = "".join("<tr>" + "".join(one("td", value, numeric(value)) for value in row) + "</tr>\n" for row in rows)
     return figure(f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>', note)
 
 
@@ -166,17 +166,23 @@ def right_columns(header, rows) -> list[bool]:
 def ticks(values, about=5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) at equal distances, the first at or below all values, the last at or above."""
     low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        high = low + (abs(low) * 0.1 or 1)
+    if high - low <= 1e-9 * max(abs(low), abs(high)) + 1e-90:                # all the same
+        high = low + (0.1 * abs(low) if abs(low) > 1e-80 else 1)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(times for times in (1, 2, 5, 10) if times * power >= rough * 0.999)
     return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
+def labels(marks) -> list[tuple[float, str]]:
+    """The ticks and what is written at them, short enough for a telephone: 200k, 400k."""
+    size, letter = next((unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if max(map(abs, marks)) >= 10 * unit[0]), (1, ""))
+    return [(mark, f"{mark / size:.6g}{letter if mark else ''}") for mark in marks]
+
+
 def scale(marks):
-    """value -> its place between the first and the last tick, from 0 to 100, as a string."""
-    return lambda value: f"{100 * (value - marks[0]) / (marks[-1] - marks[0]):.5g}"
+    """value -> its place between the first and the last tick, from 0 to 100."""
+    return lambda value: round(100 * (value - marks[0]) / (marks[-1] - marks[0]), 4)
 
 
 def legend(names, swatch) -> str:
@@ -184,8 +190,25 @@ def legend(names, swatch) -> str:
     return f'<p class="legend">{" ".join(entries)}</p>'
 
 
-def hue(i) -> str:
-    return f"hue{i % HUES}"
+def chart(kind, height, drawing) -> str:
+    return f'<div class="wide"><svg class="chart {kind}" role="img" aria-label="chart: {kind}" height="{height}">{drawing}</svg></div>'
+
+
+def axis(name) -> str:
+    return f'<p class="axis">{lines(name)}</p>'             # not in the SVG, whose texts do not wrap
+
+
+def rectangle(kind, left, right, y, height, title="") -> str:
+    title = f"<title>{escape(title)}</title>" if title else ""
+    return f'<rect class="{kind}" x="{left}%" width="{right - left:.6g}%" y="{y}" height="{height}">{title}</rect>'
+
+
+def fill(i) -> str:
+    return f"bar hue{i % HUES} again{i // HUES}"
+
+
+def stroke(i) -> str:
+    return f'class="curve hue{i % HUES}" stroke-dasharray="{DASHES[i // HUES % len(DASHES)]}"'
 
 
 def bars(groups: list[str], series: dict[str, list[tuple[float, float | None] | None]], unit: str = "%", note: str = "") -> str:
@@ -196,8 +219,8 @@ def bars(groups: list[str], series: dict[str, list[tuple[float, float | None] | 
     ends = [value + side * (error if drawable(error) else 0) for value, error in pairs if drawable(value) for side in (-1, 1)]
     marks = ticks([0, *ends])
     at, high, parts, y = scale(marks), 13, [], 26
-    for group, *values in zip(groups, *series.values()):
-        for line in textwrap.wrap(visible(group), 44, max_lines=3, placeholder=" …") or [""]:         # 44 letters fit a phone
+    for group, *values in zip(groups, *series.values(), strict=True):
+        for line in textwrap.wrap(visible(group), 40, max_lines=3, placeholder=" …") or [""]:         # 40 letters fit a phone
             parts.append(f'<text x="0" y="{y + 12}" font-weight="600">{escape(line)}</text>')
             y += 16
         y += 2
@@ -206,12 +229,10 @@ def bars(groups: list[str], series: dict[str, list[tuple[float, float | None] | 
             y += high
         y += 12
     grid = "".join(f'<line class="{"grid" if mark else "zero"}" x1="{at(mark)}%" x2="{at(mark)}%" y1="18" y2="{y}"/>'
-                   + "".join(f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{place}">{mark:.7g}</text>' for place in (12, y + 14))
-                   for mark in marks)
-    label = f'<text class="faint" text-anchor="middle" x="50%" y="{y + 32}">{escape(unit)}</text>'
-    chart = (f'<svg class="chart" role="img" aria-label="bar chart" height="{y + 40}" style="padding: 0 3.2rem 0 .8rem">'
-             f'{grid}{label}{"".join(parts)}</svg>')
-    return figure(legend(series, lambda i: f'<rect class="bar {hue(i)} again{i // HUES}" x="1" y="1" width="24" height="10"/>') + chart, note)
+                   + "".join(f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{place}">{label}</text>' for place in (12, y + 14))
+                   for mark, label in labels(marks))
+    key = legend(series, lambda i: f'<rect class="{fill(i)}" x="1" y="1" width="24" height="10"/>')
+    return figure(key + chart("bars", y + 18, grid + "".join(parts)) + axis(unit), note)
 
 
 def bar(name, value, error, unit, at, y, i) -> str:
@@ -219,11 +240,10 @@ def bar(name, value, error, unit, at, y, i) -> str:
     if not drawable(value):
         return f'<text class="faint" x="{at(0)}%" dx="4" y="{y + 9}" font-size="10">n/a<title>{escape(name)}n/a</title></text>'
     error = error if drawable(error) else 0
-    left, right = at(min(0, value)), at(max(0, value))
-    whisker = f'<line class="error" x1="{at(value - error)}%" x2="{at(value + error)}%" y1="{y + 5.5}" y2="{y + 5.5}"/>' if error else ""
-    return (f'<rect class="bar {hue(i)} again{i // HUES}" x="{left}%" width="{float(right) - float(left):.5g}%" y="{y + .5}" height="10">'
-            f"<title>{escape(name + measure(value, error or None, unit))}</title></rect>{whisker}"
-            f'<text x="{at(max(0, value + error))}%" dx="5" y="{y + 9}" font-size="10">{number(value)}</text>')
+    exact = number(value, 6) + (f" ± {number(error, 6)}" if error else "")
+    return (rectangle(fill(i), at(min(0, value)), at(max(0, value)), y + .5, 10, f"{name}{exact} {unit}")
+            + (rectangle("error", at(value - error), at(value + error), y + 4.5, 2) if error else "")
+            + f'<text x="{at(max(0, value + error))}%" dx="5" y="{y + 9}" font-size="10">{number(value)}</text>')
 
 
 def thin(points, most=400) -> list:
@@ -245,32 +265,28 @@ def curves(series: dict[str, list[tuple[float, float]]], x: str, y: str, note: s
     across, up, high = ticks([a for a, _ in points]), ticks([b for _, b in points]), 240
     at, above = scale(across), scale(up)
 
-    def down(value):
-        return f"{high * (1 - float(above(value)) / 100):.5g}"
+    def down(value):                           # pixels below the highest tick
+        return round(high * (1 - above(value) / 100), 2)
 
     def line(i, name, kept):
-        path = " ".join(f"{float(at(a)) * 10:.5g},{down(b)}" for a, b in thin(kept))
+        path = " ".join(f"{10 * at(a):.6g},{down(b)}" for a, b in thin(kept))
         last = f"{escape(name)}: {number(kept[-1][1], 6)} at {number(kept[-1][0], 6)}" if kept else ""
-        return f'<polyline class="curve {hue(i)}" stroke-dasharray="{DASHES[i // HUES % 4]}" points="{path}"><title>{last}</title></polyline>'
+        return f'<polyline {stroke(i)} points="{path}"><title>{last}</title></polyline>'
 
     def dots(i, name, kept):                   # few points are measurements each, many are a line
-        return "".join(f'<circle class="dot {hue(i)}" cx="{at(a)}%" cy="{down(b)}" r="3"><title>{escape(name)}: {number(b, 6)} at {number(a, 6)}'
-                       "</title></circle>" for a, b in kept if len(kept) <= 40)
+        return "".join(f'<circle class="dot hue{i % HUES}" cx="{at(a)}%" cy="{down(b)}" r="3"><title>{escape(name)}: {number(b, 6)} at '
+                       f"{number(a, 6)}</title></circle>" for a, b in (kept if len(kept) <= 40 else ()))
 
     grid = "".join(f'<line class="grid" x1="0" x2="100%" y1="{down(mark)}" y2="{down(mark)}"/>'
-                   f'<text class="faint" text-anchor="end" x="-8" y="{down(mark)}" dy="4">{mark:.7g}</text>' for mark in up)
+                   f'<text class="faint" text-anchor="end" x="-8" y="{down(mark)}" dy="4">{label}</text>' for mark, label in labels(up))
     grid += "".join(f'<line class="zero" x1="{at(mark)}%" x2="{at(mark)}%" y1="{high}" y2="{high + 5}"/>'
-                    f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{high + 19}">{mark:.7g}</text>' for mark in across)
-    labels = (f'<text class="faint" x="-52" y="-14">{escape(y)}</text>'
-              f'<text class="faint" text-anchor="middle" x="50%" y="{high + 38}">{escape(x)}</text>')
+                    f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{high + 19}">{label}</text>' for mark, label in labels(across))
     drawn = "".join(line(i, *item) for i, item in enumerate(clean.items()))
     drawn = f'<svg viewBox="0 0 1000 {high}" width="100%" height="{high}" preserveAspectRatio="none" overflow="visible">{drawn}</svg>'
     drawn += "".join(dots(i, *item) for i, item in enumerate(clean.items()))
-    chart = (f'<svg class="chart" role="img" aria-label="line chart" height="{high + 78}" style="padding: 30px 1.8rem 0 56px">'
-             f"{grid}{labels}{drawn}</svg>")
-    names = [name + (f" ({len(series[name]) - len(kept)} n/a)" if len(kept) < len(series[name]) else "") for name, kept in clean.items()]
-    return figure(legend(names, lambda i: f'<line class="curve {hue(i)}" stroke-dasharray="{DASHES[i // HUES % 4]}" x1="0" x2="26" y1="6" y2="6"/>')
-                  + chart, note)
+    names = [name + f" ({len(series[name]) - len(kept)} n/a)" * (len(kept) < len(series[name])) for name, kept in clean.items()]
+    key = legend(names, lambda i: f'<line {stroke(i)} x1="0" x2="26" y1="6" y2="6"/>')
+    return figure(f'{key}<p class="legend">{lines(y)}</p>{chart("curves", high + 32, grid + drawn)}{axis(x)}', note)
 
 
 # ------------------------------------------------------------------------------------------------------- tokens in three levels
@@ -282,8 +298,8 @@ def heat(tokens: list[str], levels: list[int], title: str = "") -> str:
         return paragraph(NOTHING)
     spans = "".join(f'<span class="level{level}" title="{LEVELS[level]}">' + escape(token).replace("\n", "<small>↵</small>\n") + "</span>"
                     for token, level in zip(tokens, levels, strict=True))
-    key = " ".join(f'<span class="level{level}">{name}</span>' for level, name in enumerate(LEVELS))
-    return figure(f'<p class="legend">{lines(title)} {key}</p><div class="heat">{spans}</div>', "")
+    key = "".join(f'<span class="level{level}">{name}</span>' for level, name in enumerate(LEVELS))
+    return figure(f'<p class="legend"><span>{lines(title)}</span>{key}</p><div class="heat">{spans}</div>')
 
 
 def heat_terminal(tokens: list[str], levels: list[int], colour: bool) -> str:
