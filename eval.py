@@ -11,7 +11,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +31,10 @@ from data.tokenizer import Tokenizer
 from data.words import CLASSES, TITLES, token_classes
 from infosteer import (METHODS, RANKINGS, Steering, clustered_mean, divergence, entropy, format_layers, grouped_correlation, spherical_kmeans,
                        split_groups, surrogates, terciles)
-from model import Transformer
+from model import Config, Transformer
 
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"        # the toy world's tasks and models, which ship with the project
+TOY_TRAINING = ",".join(name for name, task in TOY.items() if "train" in task.splits)
 CHUNK = 256                            # items answered between two writes to disk
 
 # --------------------------------------------------------------------------------------------- shared with train.py
@@ -137,8 +143,8 @@ def answer(model, tokenizer, examples, score, max_new_tokens, steering, cache_by
     prompts = [tokenizer.encode(example.prompt, special=False) for example in examples]
     if score == "generate":
         outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
-        stop = set(model.config.eos_ids)
-        return [tokenizer.decode([i for i in ids if i not in stop]) for ids in outputs]
+        stop = set(model.config.eos_ids)                        # and rows of the embedding beyond the tokenizer are padding, without a text
+        return [tokenizer.decode([i for i in ids if i not in stop and i <= tokenizer.max_id]) for ids in outputs]
     responses = [[make_response(find(example.task), choice, "") for choice in example.choices] for example in examples]
     asked, continued = [], []
     for prompt, candidates in zip(prompts, responses):
@@ -225,6 +231,8 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
         else:
             if model is None:
                 model, tokenizer = load(folder, getattr(torch, dtype), device)
+                if steering and METHODS[steering.method].needs:
+                    steering = steering.knowing(load_profile(Path(folder, PROFILE), model, steering, own=True))
             summary = evaluate(model, tokenizer, examples, path, settings, steering, int(cache_gb * 2**30))
         summaries.append(summary)
     return summaries
@@ -261,6 +269,21 @@ def arm_name(steering):
                                         for key, value in unusual.items())])
 
 
+def run_folder(out, model, steering, seed):
+    """Where the run of one arm and seed lives in a folder of several."""
+    return Path(out, f"{Path(model).name}-{arm_name(steering)}-seed{seed}")
+
+
+def runs_from(folder, model):
+    """The finished runs of train.py in a folder that began with this model: [(arm, seed, their folder)], plain fine-tuning first."""
+    found = []
+    for path in sorted(Path(folder).glob("*/args.json")):
+        settings, run = read_run(path.parent), path.parent
+        if run.suffix not in (".partial", ".old") and "steering" in settings and Path(settings["model"]).resolve() == Path(model).resolve():
+            found.append((arm_name(as_steering(settings["steering"])), settings["seed"], run))
+    return sorted(found, key=lambda run: (run[0] != "none", run[0], run[1]))
+
+
 def suite_of(task):
     """The suite in which a task is reported: one of three for the toy world's, itself for the others."""
     return find(task).suite or task
@@ -287,31 +310,27 @@ def find_plain(name):
     return name in TASKS or name in TOY
 
 
-def compare(runs):
+def compare(runs, suites=None):
     """Mean over seeds with standard error, and the difference to plain fine-tuning paired by seed with its 95% interval.
 
     -> [{"model", "arm", "suite", "seeds", "mean", "standard_error", "difference", "interval"}]; None where there is nothing to say.
-    The accuracy of a suite is the mean over its tasks, and a run that has not been scored on all that others of its model have is left
-    out of that suite. A difference whose interval covers zero is none.
+    suites: {name: its tasks}, or None: those of the tasks. The accuracy of a suite is the mean over its tasks, and a run that has not
+    been scored on all of them is left out of that suite. A difference whose interval covers zero is none.
     """
     rows = []
-    found = {suite_of(task) for run in runs for task in run["scores"]}
-    suites = [suite for suite in SUITES if suite in found] + sorted(found - set(SUITES))
     order = {"base": 0, "none": 1}
     for model in dict.fromkeys(run["model"] for run in runs):
-        for arm in sorted({run["arm"] for run in runs if run["model"] == model}, key=lambda arm: (order.get(arm, 2), arm)):
-            for suite in suites:
-                tasks = {task for run in runs if run["model"] == model for task in run["scores"] if suite_of(task) == suite}
-
-                def at(arm):
-                    return {run["seed"]: sum(run["scores"][task] for task in tasks) / len(tasks) for run in runs
-                            if (run["model"], run["arm"]) == (model, arm) and tasks and tasks <= run["scores"].keys()}
-                ours, plain = at(arm), at("none")
-                if not ours:
+        ours = [run for run in runs if run["model"] == model]
+        for arm in sorted({run["arm"] for run in ours}, key=lambda arm: (order.get(arm, 2), arm)):
+            for suite, tasks in (suites or suites_of(task for run in ours for task in run["scores"])).items():
+                at = {name: {run["seed"]: sum(run["scores"][task] for task in tasks) / len(tasks) for run in ours
+                             if run["arm"] == name and set(tasks) <= run["scores"].keys()} for name in (arm, "none")}
+                if not at[arm]:
                     continue
-                mean, error = mean_and_error(list(ours.values()))
-                row = {"model": model, "arm": arm, "suite": suite, "seeds": len(ours), "mean": mean, "standard_error": error, "difference": None, "interval": None}
-                pairs = [ours[seed] - plain[seed] for seed in ours if seed in plain]
+                mean, error = mean_and_error(list(at[arm].values()))
+                row = {"model": model, "arm": arm, "suite": suite, "seeds": len(at[arm]), "mean": mean, "standard_error": error,
+                       "difference": None, "interval": None}
+                pairs = [accuracy - at["none"][seed] for seed, accuracy in at[arm].items() if seed in at["none"]]
                 if arm not in order and pairs:
                     row["difference"], error = mean_and_error(pairs)
                     if error is not None:
@@ -319,6 +338,14 @@ def compare(runs):
                         row["interval"] = [row["difference"] - width, row["difference"] + width]
                 rows.append(row)
     return rows
+
+
+def suites_of(tasks):
+    """Task names -> {suite: its tasks}, the toy world's suites first."""
+    found = {}
+    for task in sorted(set(tasks), key=[*TOY, *TASKS].index):
+        found.setdefault(suite_of(task), []).append(task)
+    return found
 
 
 def mean_and_error(values):
@@ -484,8 +511,11 @@ def save_profile(path, profile, model, steering):
     os.replace(part, path)
 
 
-def load_profile(path, model, steering):
-    """Read what `save_profile` wrote, for the method of `steering`. Raises BadInput for a file that is none, or of another model or method."""
+def load_profile(path, model, steering, own=False):
+    """Read what `save_profile` wrote, for the method of `steering`. Raises BadInput for a file that is none, or of another model or method.
+
+    own: the model is a run with its own profile, which tells of its base model and so of other weights.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             made, found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
@@ -496,7 +526,7 @@ def load_profile(path, model, steering):
     if missing:
         raise BadInput(f"{path}: has no {', '.join(missing)}, which --steer {steering.method} needs; it was made for --steer {made.get('method', '?')}")
     wrong = [f"{name} {list(found[name].shape)} (expected {shape})" for name in needs if list(found[name].shape[:2]) != shape]
-    if wrong or found["fingerprint"].shape != (shape[0],) or not torch.allclose(found["fingerprint"], fingerprint(model), rtol=1e-3):
+    if wrong or not own and (found["fingerprint"].shape != (shape[0],) or not torch.allclose(found["fingerprint"], fingerprint(model), rtol=1e-3)):
         raise BadInput(f"{path}: was made for another model{': ' + '; '.join(wrong) if wrong else ''}")
     for name in ("groups", "subgroups", "buckets"):
         if name in steering.settings and made.get(name) != json.dumps(getattr(steering, name)):
@@ -531,6 +561,226 @@ def change_line(model, prompts, steering):
 
 # ------------------------------------------------------------------------------------------------------------ analyses
 # Each takes the command's arguments and returns (what --json prints, what people read).
+
+
+def task_texts(tokenizer, names, data, n, split="test"):
+    """The first n // len(names) items of each task, as ids of prompt and gold response."""
+    each = max(1, n // len(names))
+    return [tokenizer.encode(e.prompt, special=False) + tokenizer.encode(e.response, bos=False, special=False)
+            for name in names for e in load_examples(data, name, split)[:each]]
+
+
+def key_regions(model, texts, cuts):
+    """The share of |k| and of k in the low, middle and high region of each layer: [n_layers, 2, 3].
+
+    cuts: the ends of the regions, [n_layers, 2, 2], or None: the 25th and 75th percentile of this model's own. -> (shares, cuts)
+    """
+    counts = torch.zeros(model.config.n_layers, 2, 3, dtype=torch.float64)
+    if cuts is None:                                                           # a few million coefficients a layer are enough for a percentile
+        kept = [[] for _ in model.blocks]
+        every = -(-sum(map(len, texts)) * model.config.d_m // 2**22)
+        watch(model, texts, lambda layer, h, k, row: kept[layer].append(k.float().flatten()[::every].cpu()))
+        kept = [torch.cat(ks) for ks in kept]
+        cuts = torch.stack([torch.stack([torch.quantile(of, torch.tensor([0.25, 0.75])) for of in (k.abs(), k)]) for k in kept])
+
+    def see(layer, h, k, row):
+        for reading, of in enumerate((k.float().abs(), k.float())):
+            counts[layer, reading] += torch.bucketize(of, cuts[layer, reading].to(k.device)).flatten().bincount(minlength=3).cpu()
+
+    watch(model, texts, see)
+    return counts / counts.sum(-1, keepdim=True), cuts
+
+
+def analyse_regions(args):
+    """Key regions (section 6, Fig. 4): where the coefficients of fine-tuned models fall among the percentiles of the base model's."""
+    result = regions_of(args.model[0], args.runs, split_names(args.task or TOY_TRAINING), args.data or TOY_FOLDER, args.items, pick_device(args.device))
+    return result, regions_text(result, args.per_layer)
+
+
+def regions_of(base, runs, names, data, n, device):
+    """The regions of a base model and of its runs in a folder, on prompts and gold responses of n test items of the named tasks."""
+    found = runs_from(runs, base)
+    if not found:
+        raise BadInput(f"--runs {runs}: no finished run of train.py that began with {base}; python train.py --steer none int reg makes some")
+    model, tokenizer = load(base, device=device)
+    texts = task_texts(tokenizer, names, data, n)
+    shares, cuts = key_regions(model, texts, None)
+    by_arm = {"base": {None: shares}}
+    for arm, seed, folder in tqdm(found, desc="key regions", unit="model", disable=None):
+        by_arm.setdefault(arm, {})[seed] = key_regions(load(folder, device=device)[0], texts, cuts)[0]
+    result = {"model": str(base), "tasks": names, "texts": len(texts), "tokens": sum(map(len, texts)), "cuts": cuts.tolist(), "arms": {}}
+    for arm, of_seed in by_arm.items():
+        stacked = torch.stack(list(of_seed.values()))                          # [seeds, n_layers, 2, 3]
+        error = (lambda x: (x.std(0) / len(x) ** 0.5).tolist() if len(x) > 1 else None)
+        result["arms"][arm] = {"seeds": len(stacked), "mean": stacked.mean((0, 1)).tolist(), "standard_error": error(stacked.mean(1)),
+                               "layers": stacked.mean(0).tolist(), "layers_standard_error": error(stacked),
+                               "by_seed": {seed: shares.mean(0).tolist() for seed, shares in of_seed.items()}}
+    return result
+
+
+REGIONS = ("low", "middle", "high")
+
+
+def regions_text(result, per_layer=False):
+    lines = [f"{result['model']}: share of the key coefficients in the base model's regions, cut at its 25th and 75th percentile in each layer, in %",
+             f"(mean over layers ± standard error over seeds; prompts and gold responses of {result['texts']} items of {', '.join(result['tasks'])})"]
+    for reading, name in enumerate(("by magnitude |k|: low is idle", "by value k, the literal reading: low is strongly negative")):
+        rows = []
+        for arm, found in result["arms"].items():
+            rows.append([arm, found["seeds"], *(with_error(found["mean"][reading][region], found["standard_error"] and found["standard_error"][reading][region])
+                                                for region in range(3))])
+            if per_layer:
+                rows += [[f"  layer {layer + 1}", None, *(with_error(shares[reading][region], found["layers_standard_error"] and
+                         found["layers_standard_error"][layer][reading][region]) for region in range(3))] for layer, shares in enumerate(found["layers"])]
+        lines += ["", page.columns([name, "seeds", *REGIONS], rows)]
+    return "\n".join(lines)
+
+
+def with_error(mean, error, digits=1):
+    """A share as percent: 0.123, 0.004 -> "12.3 ± 0.4"."""
+    return f"{100 * mean:.{digits}f}" + ("" if error is None else f" ± {100 * error:.{digits}f}")
+
+
+# ---- sweeps: tables of the paper that need runs of their own
+
+# What the paper reports, in %: mean over its tasks and models (Tables 2 and 8), GSM8K and the mean of five others (Table 4).
+PAPER_TABLES = {
+    "magnitude": {"base": 71.4, "none": 72.6, "int": 73.8, "int-alpha2": 75.5, "int-p0.02-alpha5": 72.8, "reg-lam-0.01": 72.3, "reg": 73.4, "reg-lam0.05": 74.7},
+    "layers": {"none": 72.6, "int early": 73.8, "int middle": 75.2, "int late": 72.9, "int early+middle": 76.3, "int middle+late": 74.5,
+               "reg-lam0.05 middle": 74.9, "reg-lam0.05": 74.7},
+    "ood": {"base": (63.7, 85.3), "none": (65.7, 83.7), "int": (66.8, 86.6), "reg": (66.1, 86.0)},
+}
+ABOUT = {"layers": "Table 8, mean over its tasks", "magnitude": "Table 2, mean over its tasks", "ood": "Table 4, GSM8K / mean of five other sets"}
+OOD_TASKS = ("AddSub", "SingleEq", "MultiArith", "mawps", "SVAMP")           # Table 4 averages these
+
+
+def sweep_arms(name, n_layers):
+    """The arms of a table, {label: Steering}; `int` in both readings of eq. 4 wherever it stands."""
+    arms = {"none": Steering()}
+
+    def add(label, steering):
+        arms[label] = steering
+        if steering.method == "int":
+            arms[f"{label} (by value)"] = replace(steering, rank_by="value")
+
+    if name == "layers":
+        first, second = round(n_layers / 3), round(2 * n_layers / 3)           # 24 layers: 1-8, 9-16, 17-24
+        if not 0 < first < second < n_layers:
+            raise BadInput(f"--analyse layers: {n_layers} layers cannot be divided into early, middle and late ones")
+        early, middle, late = range(1, first + 1), range(first + 1, second + 1), range(second + 1, n_layers + 1)
+        for label, layers in {"early": early, "middle": middle, "late": late, "early+middle": [*early, *middle], "middle+late": [*middle, *late]}.items():
+            add(f"int {label}", Steering("int", layers={layer: {} for layer in layers}))
+        add("reg-lam0.05 middle", Steering("reg", lam=0.05, layers={layer: {} for layer in middle}))
+        add("reg-lam0.05", Steering("reg", lam=0.05))
+    else:
+        for steering in ([Steering("int"), Steering("int", alpha=2.0), Steering("int", p=0.02, alpha=5.0), Steering("reg", lam=-0.01), Steering("reg"),
+                          Steering("reg", lam=0.05)] if name == "magnitude" else [Steering("int"), Steering("reg")]):
+            add(arm_name(steering), steering)
+    return arms
+
+
+def flags(steering):
+    """The flags of train.py that ask for this steering."""
+    usual, given = vars(Steering()), ["--steer", steering.method]
+    for name, value in steering.settings.items():
+        if name != "method" and value != usual[name]:
+            given.append(f"--{name.replace('_', '-')}={format_layers(value) if name == 'layers' else value}")
+    return given
+
+
+def train_missing(args, arms, model, task, data):
+    """Train, one after the other, the runs of these arms and seeds that are not in --runs yet; an interrupted one goes on."""
+    wanted = [(steering, seed, run_folder(args.runs, model, steering, seed)) for seed in args.seed for steering in arms.values()]
+    missing = [run for run in wanted if not read_run(run[2])]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--model", model, "--task", task, "--data", data, "--device", args.device,
+               "--train-only", *shlex.split(args.train_flags)]
+
+    def train(out, *more, quiet=False):
+        done = subprocess.run([*command, "--out", str(out), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet or not sys.stderr.isatty() else None)
+        if done.returncode:
+            why = (done.stderr or b"").decode(errors="replace").strip().splitlines()
+            raise BadInput(f"training {out} failed: {why[-1] if why else 'see above'}")
+
+    if missing:
+        seconds = None
+        with tempfile.TemporaryDirectory() as probe:                           # a few steps tell how long it will take
+            train(Path(probe, "run"), "--steps", "3", "--warmup", "1", quiet=True)
+            settings = read_run(Path(probe, "run"))
+            with open(Path(probe, "run", "log.jsonl"), encoding="utf-8") as log:
+                seconds = min(line["tokens"] / line["tokens_per_second"] for line in map(json.loads, log))
+        print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them finished; training the others takes about "
+              f"{len(missing) * seconds * settings['epochs'] * -(-settings['examples'] // settings['batch']) / 60:.0f} minutes, then they are scored", file=sys.stderr)
+    with tqdm(missing, desc="runs", unit="run", disable=None) as bar:
+        for steering, seed, out in bar:
+            train(out, "--seed", str(seed), *flags(steering), *(["--resume"] if Path(f"{out}.partial").exists() else []))
+    return wanted
+
+
+def analyse_sweep(name, args):
+    """Tables 2, 4 and 8: train what is missing, score it, and compare."""
+    model, device = args.model[0], args.device
+    task = args.task or ("gsm8k" if name == "ood" and args.data else TOY_TRAINING)
+    if args.task and not args.data:
+        raise BadInput(f"--task {args.task} needs --data, the folder with TASK/train.json")
+    names, data = split_names(task), args.data or os.path.relpath(TOY_FOLDER)
+    toy = all(find(task).suite for task in names)
+    tested = list(TOY) if toy else [*names, *(OOD_TASKS + ("AQuA",) if name == "ood" else ())]
+    for test in tested:
+        load_examples(data, test, "test")                                      # a missing file shows before hours of training, not after
+    arms = sweep_arms(name, Config.from_pretrained(model).n_layers)
+    wanted = train_missing(args, arms, model, task, data)
+    settings = {folder: read_run(folder) for _, _, folder in wanted}
+    for key in ("task", "data_sha256", "epochs", "steps", "batch", "max_length", "lr", "warmup", "weight_decay", "clip", "precision", "limit"):
+        values = {str(of.get(key)): folder for folder, of in settings.items()}
+        if len(values) > 1:
+            raise BadInput(f"{' and '.join(map(str, values.values()))} differ in {key} ({', '.join(values)}); runs that are compared need one recipe: "
+                           "--runs elsewhere, or train them again")
+
+    def scored(folder, out=None):
+        return {summary["task"]: summary["accuracy"] for summary in score(folder, tested, data, out, device=device, limit=args.limit)}
+
+    base = Path(args.runs, f"{Path(model).name}-base")
+    base.mkdir(parents=True, exist_ok=True)
+    write_whole(base / "args.json", json.dumps({"model": model, "base": True}) + "\n")
+    runs = [{"model": model, "arm": "base", "seed": None, "scores": scored(model, base / "eval")}]
+    labels = {arm_name(steering): label for label, steering in arms.items()}
+    for steering, seed, folder in tqdm(wanted, desc="scoring runs", unit="run", disable=None):
+        runs.append({"model": model, "arm": arm_name(steering), "seed": seed, "scores": scored(folder)})
+    suites = suites_of(tested)
+    if name == "ood":
+        suites = (suites if toy else {"in distribution": names, "out of distribution": list(OOD_TASKS), "AQuA": ["AQuA"]}) | {t: [t] for t in tested}
+    rows = compare(runs, suites)
+    for row in rows:
+        row["label"] = labels.get(row["arm"], row["arm"])
+    rows.sort(key=lambda row: [*["base"], *labels.values()].index(row["label"]))
+    result = {"table": name, "model": model, "seeds": args.seed, "recipe": {key: next(iter(settings.values()))[key] for key in ("task", "epochs", "batch", "lr", "warmup")},
+              "rows": rows, "paper": PAPER_TABLES[name]}
+    return result, sweep_text(result)
+
+
+def sweep_text(result):
+    """The table of a sweep: arms down, suites across with what the paper has; the single sets of `ood` the other way round, they are many."""
+    suites, single = list(dict.fromkeys(row["suite"] for row in result["rows"])), []
+    if result["table"] == "ood":
+        suites, single = suites[:3], suites[3:]
+    cells = {(row["label"], row["suite"]): row for row in result["rows"]}
+    labels = list(dict.fromkeys(label for label, _ in cells))
+    lines = []
+    for label in labels:
+        figure = result["paper"].get(label)
+        lines += [[label, max(cells[label, suite]["seeds"] for suite in suites if (label, suite) in cells), *(percent(cells.get((label, suite))) for suite in suites),
+                   " / ".join(map(str, figure)) if isinstance(figure, tuple) else figure]]
+        if label not in ("base", "none"):
+            lines.append(["", None, *(difference(cells.get((label, suite))) for suite in suites), None])
+    text = [f"{result['model']}: accuracy in %, mean ± standard error over seeds; below, the difference to none, paired by seed, with its 95% interval",
+            f"(last column: the paper's {ABOUT[result['table']]}, on models a thousand times as large and other tasks: only signs compare)", "",
+            page.columns(["arm", "seeds", *suites, "the paper"], lines)]
+    if single:
+        lines = []
+        for suite in single:
+            lines += [[suite, *(percent(cells.get((label, suite))) for label in labels)], ["", *(difference(cells.get((label, suite))) for label in labels)]]
+        text += ["", page.columns(["set", *labels], lines)]
+    return "\n".join([*text, "", "none: the interval covers zero, so nothing was shown."])
 
 
 # ---- flux: how many memories each token calls
@@ -657,14 +907,11 @@ def arm_of(folder):
 
 
 def first_runs(folder, base):
-    """The finished runs in a folder that were made from the model `base`, the first seed of each arm: [run's folder], plain fine-tuning first."""
+    """Of the finished runs in a folder that began with the model `base`, the first seed of each arm: [run's folder], plain fine-tuning first."""
     found = {}
-    for path in sorted(Path(folder).glob("*/args.json")):
-        settings, run = read_run(path.parent), path.parent
-        if run.suffix not in (".partial", ".old") and "steering" in settings and Path(settings.get("model", "")).resolve() == Path(base).resolve():
-            arm, seed = arm_of(run)
-            found.setdefault(arm, []).append((seed, str(run)))
-    return [min(found[arm])[1] for arm in sorted(found, key=lambda arm: (arm != "none", arm))]
+    for arm, _, run in runs_from(folder, base):
+        found.setdefault(arm, str(run))
+    return list(found.values())
 
 
 def plus_minus(value, error, n, form):
@@ -727,6 +974,24 @@ def flux_sections(result):
     return [("Flux, token by token", body), *sections]
 
 
+def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache_bytes=2 << 30):
+    """The flux of several models side by side, for `items` as in `measure_flux`: what --json prints, but for where the items are from. Each of "models"
+    has what `flux_numbers` says and, of the first KEPT items, the "shown" tokens."""
+    device = torch.device(device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    runs, models = [arm_of(folder) for folder in folders], []
+    for folder, (arm, seed) in zip(folders, runs):
+        model, tokenizer = load(folder, getattr(torch, dtype), device)
+        measured = measure_flux(model, tokenizer, items, max_new_tokens, cache_bytes)
+        numbers = flux_numbers(measured)
+        title = arm if [other for other, _ in runs].count(arm) == 1 else f"{arm} ({folder})"
+        models.append({"model": str(folder), "arm": arm, "seed": seed, "title": title, "largest": math.log(model.config.d_m), **numbers,
+                       "distinct": len({"".join(text for text, _ in item["pieces"]) for item in measured}),
+                       "shown": [{"prompt": item["prompt"], "tokens": flux_pieces(item, numbers["cuts"])} for item in measured[:KEPT]]})
+    settings = {"text": None, "task": None, "data": None, "items": len(items), "max_new_tokens": max_new_tokens, "dtype": dtype}
+    return {"analysis": "flux", "settings": settings, "models": models}
+
+
 def analyse_flux(args):
     """--analyse flux: the information flux (section 6) of --text, or of greedy answers to --task, in several models side by side."""
     if args.text is not None and args.task:
@@ -746,20 +1011,8 @@ def analyse_flux(args):
         names, data = split_names(args.task or "toy-sums"), args.data or os.path.relpath(TOY_FOLDER)
         items = [(example.prompt, None) for name in names for example in load_examples(data, name, "test")[:args.items]]
         longest = args.max_new_tokens or max(32, *(find(name).max_new_tokens for name in names))
-    device = pick_device(args.device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
-    runs = [arm_of(folder) for folder in folders]
-    models = []
-    for folder, (arm, seed) in zip(folders, runs):
-        model, tokenizer = load(folder, getattr(torch, dtype), device)
-        measured = measure_flux(model, tokenizer, items, longest, int(args.cache_gb * 2**30))
-        numbers = flux_numbers(measured)
-        title = arm if [other for other, _ in runs].count(arm) == 1 else f"{arm} ({folder})"
-        models.append({"model": str(folder), "arm": arm, "seed": seed, "title": title, "largest": math.log(model.config.d_m), **numbers,
-                       "distinct": len({"".join(text for text, _ in item["pieces"]) for item in measured}),
-                       "shown": [{"prompt": item["prompt"], "tokens": flux_pieces(item, numbers["cuts"])} for item in measured[:KEPT]]})
-    settings = {"text": args.text, "task": names, "data": data, "items": len(items), "max_new_tokens": longest, "dtype": dtype}
-    result = {"analysis": "flux", "settings": settings, "models": models}
+    result = flux_of(folders, items, longest, pick_device(args.device), args.dtype, int(args.cache_gb * 2**30))
+    result["settings"] |= {"text": args.text, "task": names, "data": data}
     text = flux_text(result, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     if len(folders) == 1 and not args.model_given:
         text += (f"\nThis is the base model alone: no run made from it is in {args.runs}. python train.py --steer none int reg makes some "
@@ -771,8 +1024,132 @@ def analyse_flux(args):
 
 
 ANALYSES = {
+    "regions": (analyse_regions, "where the key coefficients of the fine-tuned models in --runs fall among the percentiles of the base model's (Fig. 4)"),
+    "layers": (partial(analyse_sweep, "layers"), "steering early, middle or late layers (Table 8); trains what is missing in --runs"),
+    "magnitude": (partial(analyse_sweep, "magnitude"), "weak and strong steering (Table 2); trains what is missing"),
+    "ood": (partial(analyse_sweep, "ood"), "in and out of distribution, set by set (Table 4, Fig. 3); trains what is missing"),
     "flux": (analyse_flux, "a heat map of how many memories each token calls, of --text or of answers to --task, several models side by side"),
 }
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def interval(values):
+    """Mean and 95% interval (Student's t) of a few numbers: (mean, low, high), the ends None for a single one."""
+    mean, error = mean_and_error(values)
+    if error is None:
+        return mean, None, None
+    width = T975[min(len(values) - 1, len(T975)) - 1] * error
+    return mean, mean - width, mean + width
+
+
+def verdict(values, sign=1):
+    """Does a difference have the sign that the paper reports? Its values over seeds -> (words, numbers in percentage points)."""
+    mean, low, high = (None if x is None else 100 * x for x in interval(values))
+    if low is None:
+        return "one seed: not shown", f"{mean:+.1f}"
+    words = "not shown: the interval covers zero" if low <= 0 <= high else "as in the paper" if (mean > 0) == (sign > 0) else "the opposite"
+    return words, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def claims(rows, regions):
+    """What the paper claims, what these runs show: [[claim, where, difference in points, verdict]]."""
+    found = []
+    compared = [row for row in rows if row["interval"]]
+    for method, name in (("int", "raising the smallest coefficients (int)"), ("reg", "rewarding the key entropy (reg)")):
+        for row in compared:
+            if row["arm"].partition("-")[0] == method:
+                low, high = row["interval"]
+                words = "not shown: the interval covers zero" if low <= 0 <= high else "as in the paper" if low > 0 else "the opposite"
+                found.append([f"{name} beats plain fine-tuning (Tables 1, 2 and 4)", f"{row['arm']}, {row['suite']}", difference(row).removeprefix("none "), words])
+    arms = regions["arms"] if regions else {}
+
+    def shift(arm, region, against):
+        ours, other = arms[arm]["by_seed"], arms[against]["by_seed"]
+        return [shares[0][region] - other[None if against == "base" else seed][0][region] for seed, shares in ours.items() if against == "base" or seed in other]
+
+    for arm in arms:
+        for claim, region, sign, against in {
+                "none": (("plain fine-tuning moves coefficients into the low region (Fig. 4)", 0, 1, "base"),),
+                "int": (("int moves coefficients out of the low region (Fig. 4)", 0, -1, "none"), ("int moves coefficients into the high region (Fig. 4)", 2, 1, "none")),
+                "reg": (("reg takes coefficients from the low region (Fig. 4)", 0, -1, "none"), ("reg takes coefficients from the high region (Fig. 4)", 2, -1, "none"),
+                        ("reg moves coefficients into the middle region (Fig. 4)", 1, 1, "none"))}.get(arm.partition("-")[0], ()):
+            if against in arms and (values := shift(arm, region, against)):
+                words, numbers = verdict(values, sign)
+                found.append([claim, f"{arm} against {against}, |k|", numbers, words])
+    return found
+
+
+def report(folder, device):
+    """One self-contained HTML page about the runs in a folder: what was run, what came out, and what the memories do. -> the page."""
+    runs, sections = find_runs(folder), []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        ours = [run for run in runs if run["model"] == model]
+        sections += [(f"{model}: {heading}" if len({run["model"] for run in runs}) > 1 else heading, body) for heading, body in report_sections(folder, model, ours, device)]
+    intro = ("InfoSteer steers how much of its feed-forward memory a language model uses while it is fine-tuned. This page shows every run in "
+             f"{folder}: what was done, what came out, and how sure that is. Accuracies are means over seeds ± standard error; differences to plain fine-tuning "
+             "(none) are paired by seed, with a 95% interval, and the word none stands where that covers zero, so that nothing was shown.")
+    return page.document("InfoSteer: what came out", intro, sections)
+
+
+def report_sections(folder, model, runs, device):
+    """The sections about the runs that began with one model: [(heading, HTML)]."""
+    trained = runs_from(folder, model)
+    settings = [read_run(run) for _, _, run in trained]
+    rows = compare(runs)
+    commands = page.preformatted("\n".join(dict.fromkeys(of["command"] for of in settings if "command" in of)))
+    lines = {}                                                                 # one for the runs that differ in nothing but the seed
+    for (arm, seed, _), of in zip(trained, settings):
+        lines.setdefault((arm, str(as_steering(of["steering"])), of["steps_total"], of["batch"], of["lr"], of["warmup"], of["examples"],
+                          f"{of['precision']}, {of['device']}", f"{of['versions']['torch']}, {of['versions']['python']}"), []).append(seed)
+    sections = [("What was run", page.table(["arm", "seeds", "steering", "steps", "batch", "lr", "warm-up", "examples", "precision, device", "torch, Python"],
+                                            [[line[0], " ".join(map(str, seeds)), *line[1:]] for line, seeds in lines.items()]) + commands)]
+
+    suites, arms = list(dict.fromkeys(row["suite"] for row in rows)), list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["arm"], row["suite"]): row for row in rows}
+    lines = []
+    for arm in arms:
+        lines.append([arm, max(cells[arm, suite]["seeds"] for suite in suites if (arm, suite) in cells), *("\n".join(
+            text for text in (percent(cells.get((arm, suite))), difference(cells.get((arm, suite)))) if text) for suite in suites)])
+    sections.append(("Accuracy", page.table(["arm", "seeds", *suites], lines, note="in %; mean ± standard error over seeds, and the difference to none")))
+
+    def chart(rows, groups, note):
+        cells = {(row["arm"], row["suite"]): (round(100 * row["mean"], 1), row["standard_error"] and 100 * row["standard_error"]) for row in rows}
+        return page.bars(groups, {arm: [cells.get((arm, group)) for group in groups] for arm in arms}, note=note)
+
+    sections.append(("In and out of distribution", chart(rows, suites, "mean over the sets of each suite; bars: standard error over seeds")))
+    tasks = sorted({task for run in runs for task in run["scores"]}, key=[*TOY, *TASKS].index)
+    sections.append(("Set by set (the paper's Fig. 3)", chart(compare(runs, {task: [task] for task in tasks}), tasks, "bars: standard error over seeds")))
+
+    curves = {"loss of the language model, nats a token": "lm_loss", "key entropy (information flux), nats": "key_entropy"}
+    drawn = trained if len(trained) <= MOST_CURVES else [next(run for run in trained if run[0] == arm) for arm in dict.fromkeys(arm for arm, _, _ in trained)]
+    logs = {f"{arm} seed {seed}": [json.loads(line) for line in open(run / "log.jsonl", encoding="utf-8")] for arm, seed, run in drawn[:MOST_CURVES]}
+    note = "" if len(drawn) == len(trained) else f"the first seed of each arm; {len(trained)} runs in all"
+    sections.append(("Training", "".join(page.curves({name: [(line["step"], line[key]) for line in log] for name, log in logs.items()}, "step", label, note=note)
+                                         for label, key in curves.items())))
+    if not Path(model).is_dir():
+        why = page.paragraph(f"{model}, the model that these runs began with, is not there, so what its memories do cannot be shown.")
+        return sections + [("What the paper claims", claims_table(claims(rows, None))), ("Memories", why)]
+
+    names, data = split_names(settings[0]["task"]), settings[0]["data"]
+    names = [name for name in names if "test" in find(name).splits]
+    regions = regions_of(model, folder, names, data, REPORT_ITEMS, device)
+    body = ""
+    for reading, name in enumerate(("by magnitude |k|: low is idle", "by value k: low is strongly negative")):
+        body += page.bars(list(REGIONS), {arm: [(round(100 * found["mean"][reading][region], 1), found["standard_error"] and 100 * found["standard_error"][reading][region])
+                          for region in range(3)] for arm, found in regions["arms"].items()}, note=f"share of the key coefficients in the base model's regions, {name}")
+    sections.append(("Key regions (the paper's Fig. 4)", body))
+    return [*sections[:1], ("What the paper claims, and what is seen here", claims_table(claims(rows, regions))), *sections[1:]]
+
+
+REPORT_ITEMS = 60                      # items whose tokens are looked at
+MOST_CURVES = 20
+
+
+def claims_table(found):
+    return page.table(["the paper", "here", "difference, points", "shown?"], found, note="95% intervals over seeds. Every comparison made is in this table; one in twenty of "
+                      "them would exclude zero by chance alone.")
+
 
 # -------------------------------------------------------------------------------------------------------------- command
 
@@ -786,6 +1163,7 @@ responses held no answer.""")
                         "something is analysed: data/toy/llama)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--compare", metavar="DIR", help="instead of scoring: compare the scored runs in this folder over their seeds")
+    what.add_argument("--report", metavar="DIR", help="instead of scoring: write report.html, one page about the scored runs in this folder, into it")
     what.add_argument("--analyse", choices=ANALYSES, help="instead of scoring: " + "; ".join(f"{name}: {doc}" for name, (_, doc) in ANALYSES.items()))
     parser.add_argument("--task", metavar="A,B", help=f"a comma list of: {', '.join(TASKS)}; or of the toy world's: {', '.join(TOY)} (default: the toy world's)")
     parser.add_argument("--data", metavar="DIR", help="the folder with TASK/test.json, as python data/prepare.py makes one (default: data/toy)")
@@ -810,20 +1188,27 @@ responses held no answer.""")
     group.add_argument("--text", help="flux: read this text, in place of the models' own answers to --task (default: toy-sums)")
     group.add_argument("--html", metavar="FILE", help="flux: write a page with what was found, heat maps in colour")
     group.add_argument("--items", type=positive, metavar="N", default=100, help="items or texts that are looked at (default: 100)")
+    group.add_argument("--per-layer", action="store_true", help="regions: each layer too")
+    group.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="layers, magnitude, ood: the seeds of the runs (default: 0 1 2)")
+    group.add_argument("--train-flags", metavar="'FLAGS'", default="", help="layers, magnitude, ood: more flags for train.py, as --train-flags='--lr 1e-4 --batch 16'")
     args = parser.parse_args()
 
-    if not (args.model or args.compare or args.analyse):
-        parser.error("give --model DIR to score it, or --compare or --analyse")
+    if not (args.model or args.compare or args.analyse or args.report):
+        parser.error("give --model DIR to score it, or --compare, --report or --analyse")
     if args.analyse != "flux" and (args.text is not None or args.html):
         parser.error("--text and --html go with --analyse flux")
+    for name in ("compare", "report"):
+        if (folder := getattr(args, name)) and not Path(folder).is_dir():
+            raise BadInput(f"--{name} {folder}: no such folder")
+    if args.report:
+        write_whole(Path(args.report, "report.html"), report(args.report, pick_device(args.device)))
+        return print(f"{Path(args.report, 'report.html')}: open it in a browser")
     if args.analyse:
         args.model_given = bool(args.model)
         args.model = args.model or [os.path.relpath(TOY_FOLDER / "llama")]
         result, text = ANALYSES[args.analyse][0](args)
         return print(json.dumps(result, indent=2) if args.json else text)
     if args.compare:
-        if not Path(args.compare).is_dir():
-            raise BadInput(f"--compare {args.compare}: no such folder")
         rows = compare(find_runs(args.compare))
         return print(json.dumps(rows, indent=2) if args.json else comparison_table(rows))
     if len(args.model) > 1:

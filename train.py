@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -29,8 +30,8 @@ from data import BadInput
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
 from data.tokenizer import Tokenizer
 from data.world import DOCUMENTS, World, documents
-from eval import (PROFILE, TOY_FOLDER, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, load, load_profile,
-                  memory_profile, pick_device, positive, read_run, save_profile, score, side_by_side, split_names, write_whole)
+from eval import (PROFILE, TOY_FOLDER, TOY_TRAINING, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, load, load_profile,
+                  memory_profile, pick_device, positive, read_run, run_folder, save_profile, score, side_by_side, split_names, write_whole)
 from infosteer import BASES, METHODS, NORMALISATIONS, RANKINGS, Steering, meaningful, parse_layers
 from model import Config, Transformer
 
@@ -53,9 +54,9 @@ TOY_FAMILIES = {                       # --pretrain NAME -> what its config.json
                   query_pre_attn_scalar=32, sliding_window=64, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
 }
 IGNORE = -100                          # the target of tokens that are not supervised
-CONTROL = ("resume", "overwrite", "save_every", "steering", "out", "arms")      # flags that are no settings of a run
+CONTROL = ("train_only", "resume", "overwrite", "save_every", "steering", "out", "arms")      # flags that are no settings of a run
 SETTINGS = sorted({name for method in METHODS for base in BASES for name in meaningful(method, base)})      # flags of the steering
-MACHINE = ("device", "micro_tokens", "checkpoint", "versions")      # settings that --resume may change: the run stays the same
+MACHINE = ("command", "device", "micro_tokens", "checkpoint", "versions")      # settings that --resume may change: the run stays the same
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
@@ -130,9 +131,11 @@ def read_settings(argv=None):
                        f"the gradients stay the same {usual('micro_tokens')}")
     group.add_argument("--checkpoint", action="store_true", help="compute activations twice instead of keeping them: less memory, 1.3 to 1.9 times the time")
     group.add_argument("--save-every", type=positive, metavar="N", help="save the state of the run every N steps, for --resume")
+    group.add_argument("--train-only", action="store_true", help="the laptop experiment: do not score base and run afterwards")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run, given the same flags")
     group.add_argument("--overwrite", action="store_true", help="replace a finished or interrupted run at --out")
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
 
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     meant = {method: meaningful(method, args.base or "int") for method in args.steer}
@@ -154,7 +157,7 @@ def read_settings(argv=None):
 
     args.model = f"new {args.pretrain}" if args.pretrain else args.model or os.path.relpath(TOY_FOLDER / "llama")
     args.data = args.data or os.path.relpath(TOY_FOLDER)
-    args.task = None if args.pretrain else args.task or ",".join(name for name, task in TOY_TASKS.items() if "train" in task.splits)
+    args.task = None if args.pretrain else args.task or TOY_TRAINING
     recipe = PRETRAIN if args.pretrain else TOY if is_toy(args.model) else PAPER
     for name, value in recipe.items():
         if getattr(args, name) is None:
@@ -456,7 +459,7 @@ def plan(args):
         run = argparse.Namespace(**{**vars(args), "steer": steering.method, "steering": steering, "seed": seed, **unmeant})
         run.memory_profile = args.memory_profile if METHODS[steering.method].needs else None
         if several:
-            run.out = str(Path(args.out or "out", f"{Path(args.model).name}-{arm_name(steering)}-seed{seed}"))
+            run.out = str(run_folder(args.out or "out", args.model, steering, seed))
             run.resume = not args.overwrite and Path(run.out + ".partial").exists()
         before = {} if args.overwrite else read_run(run.out)
         differing = [key for key in before if key in vars(run) and key not in (*CONTROL, *MACHINE, "precision") and vars(run)[key] != before[key]]
@@ -479,7 +482,7 @@ def main(argv=None):
             print(f"{run.out} is a finished run; --overwrite trains it again")
         else:
             train(run)
-    if not is_toy(args.model):
+    if not is_toy(args.model) or args.train_only:
         return print(f"next       python eval.py --model {runs[0][0].out} --task {args.task} --data {args.data}")
 
     # ---- the laptop experiment: score the base model and every run on all three suites

@@ -1,7 +1,7 @@
 """Values in, text out: the pieces of a report that is one HTML file, and their likes for a terminal.
 
 The file opens from disk, on a phone too, and asks nobody for anything: no script, no font, no style, no image from elsewhere, and a policy
-in its head that would refuse them. Texts come from models and from data files, so every text is hostile until `lines` has been over it.
+in its head that would refuse them. Texts come from models and from data files, so every text is hostile until `escape` has been over it.
 Charts are SVG whose lengths are percentages of whatever width the reader has, and whose letters therefore keep their size.
 """
 import html
@@ -31,7 +31,7 @@ a { color: var(--link); }
 nav ul { padding-left: 1.2rem; }
 figure { margin: 1rem 0; }
 figcaption, .legend, .axis { margin: .4rem 0; color: var(--faint); font-size: .875rem; }
-.legend span { display: inline-block; margin-right: 1.1rem; color: var(--ink); }
+.legend span { display: inline-block; max-width: calc(100% - 1.1rem); margin-right: 1.1rem; color: var(--ink); }
 .legend svg { width: 26px; height: 12px; margin-right: .35rem; vertical-align: -1px; }
 .axis { margin-top: 0; text-align: center; }
 .wide { overflow-x: auto; }
@@ -41,10 +41,10 @@ table { border-collapse: collapse; font-size: .9375rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { vertical-align: bottom; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.long { min-width: 16rem; max-width: 32rem; }
+.long { min-width: 16rem; max-width: 32rem; overflow-wrap: anywhere; }
 .chart { display: block; width: 100%; overflow: visible; font: 12px system-ui, sans-serif; fill: var(--ink); }
 .chart text { stroke: var(--page); stroke-width: 3px; paint-order: stroke; }
-.bars { padding: 0 3.2rem 0 .8rem; }
+.bars { padding: 0 3.2rem 0 1.2rem; }
 .curves { padding: 8px 1.8rem 0 56px; }
 .faint { fill: var(--faint); }
 .grid { stroke: var(--line); }
@@ -174,6 +174,12 @@ def ticks(values, about=5) -> list[float]:
     return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
+def labels(marks) -> list[tuple[float, str]]:
+    """The ticks and what is written at them, short enough for a telephone: 200k, 400k."""
+    size, letter = next((unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if max(map(abs, marks)) >= 10 * unit[0]), (1, ""))
+    return [(mark, f"{mark / size:.6g}{letter if mark else ''}") for mark in marks]
+
+
 def scale(marks):
     """value -> its place between the first and the last tick, from 0 to 100."""
     return lambda value: round(100 * (value - marks[0]) / (marks[-1] - marks[0]), 4)
@@ -182,6 +188,10 @@ def scale(marks):
 def legend(names, swatch) -> str:
     entries = (f'<span><svg aria-hidden="true">{swatch(i)}</svg>{lines(name)}</span>' for i, name in enumerate(names))
     return f'<p class="legend">{" ".join(entries)}</p>'
+
+
+def chart(kind, height, drawing) -> str:
+    return f'<div class="wide"><svg class="chart {kind}" role="img" aria-label="chart: {kind}" height="{height}">{drawing}</svg></div>'
 
 
 def axis(name) -> str:
@@ -210,7 +220,7 @@ def bars(groups: list[str], series: dict[str, list[tuple[float, float | None] | 
     marks = ticks([0, *ends])
     at, high, parts, y = scale(marks), 13, [], 26
     for group, *values in zip(groups, *series.values(), strict=True):
-        for line in textwrap.wrap(visible(group), 44, max_lines=3, placeholder=" …") or [""]:         # 44 letters fit a phone
+        for line in textwrap.wrap(visible(group), 40, max_lines=3, placeholder=" …") or [""]:         # 40 letters fit a phone
             parts.append(f'<text x="0" y="{y + 12}" font-weight="600">{escape(line)}</text>')
             y += 16
         y += 2
@@ -219,10 +229,10 @@ def bars(groups: list[str], series: dict[str, list[tuple[float, float | None] | 
             y += high
         y += 12
     grid = "".join(f'<line class="{"grid" if mark else "zero"}" x1="{at(mark)}%" x2="{at(mark)}%" y1="18" y2="{y}"/>'
-                   + "".join(f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{place}">{mark:.7g}</text>' for place in (12, y + 14))
-                   for mark in marks)
-    chart = f'<svg class="chart bars" role="img" aria-label="bar chart" height="{y + 18}">{grid}{"".join(parts)}</svg>{axis(unit)}'
-    return figure(legend(series, lambda i: f'<rect class="{fill(i)}" x="1" y="1" width="24" height="10"/>') + chart, note)
+                   + "".join(f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{place}">{label}</text>' for place in (12, y + 14))
+                   for mark, label in labels(marks))
+    key = legend(series, lambda i: f'<rect class="{fill(i)}" x="1" y="1" width="24" height="10"/>')
+    return figure(key + chart("bars", y + 18, grid + "".join(parts)) + axis(unit), note)
 
 
 def bar(name, value, error, unit, at, y, i) -> str:
@@ -268,16 +278,15 @@ def curves(series: dict[str, list[tuple[float, float]]], x: str, y: str, note: s
                        f"{number(a, 6)}</title></circle>" for a, b in (kept if len(kept) <= 40 else ()))
 
     grid = "".join(f'<line class="grid" x1="0" x2="100%" y1="{down(mark)}" y2="{down(mark)}"/>'
-                   f'<text class="faint" text-anchor="end" x="-8" y="{down(mark)}" dy="4">{mark:.7g}</text>' for mark in up)
+                   f'<text class="faint" text-anchor="end" x="-8" y="{down(mark)}" dy="4">{label}</text>' for mark, label in labels(up))
     grid += "".join(f'<line class="zero" x1="{at(mark)}%" x2="{at(mark)}%" y1="{high}" y2="{high + 5}"/>'
-                    f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{high + 19}">{mark:.7g}</text>' for mark in across)
+                    f'<text class="faint" text-anchor="middle" x="{at(mark)}%" y="{high + 19}">{label}</text>' for mark, label in labels(across))
     drawn = "".join(line(i, *item) for i, item in enumerate(clean.items()))
     drawn = f'<svg viewBox="0 0 1000 {high}" width="100%" height="{high}" preserveAspectRatio="none" overflow="visible">{drawn}</svg>'
     drawn += "".join(dots(i, *item) for i, item in enumerate(clean.items()))
-    chart = f'<svg class="chart curves" role="img" aria-label="line chart" height="{high + 32}">{grid}{drawn}</svg>'
     names = [name + f" ({len(series[name]) - len(kept)} n/a)" * (len(kept) < len(series[name])) for name, kept in clean.items()]
     key = legend(names, lambda i: f'<line {stroke(i)} x1="0" x2="26" y1="6" y2="6"/>')
-    return figure(f'{key}<p class="legend">{lines(y)}</p>{chart}{axis(x)}', note)
+    return figure(f'{key}<p class="legend">{lines(y)}</p>{chart("curves", high + 32, grid + drawn)}{axis(x)}', note)
 
 
 # ------------------------------------------------------------------------------------------------------- tokens in three levels
