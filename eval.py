@@ -768,7 +768,7 @@ def all_memories(result, tokenizer, index, triggers, texts):
     """Per layer: mean specificity, agreement of concepts and triggers, the most specific and the most general memories."""
     spec = specificity(index["entropy"], result["vocabulary"])                 # [n_layers, d_m]
     following = torch.tensor([id for ids in texts for id in [*ids[1:], -1]])   # [tokens of all texts]  the token after each
-    layers, lines, shown = [], [], []
+    layers, shown = [], []
     for layer in range(result["layers"]):
         called = triggers["largest"][layer, :, 0] > 0                          # [d_m]  what nothing calls has no trigger
         row = {"layer": layer + 1, "mean_specificity": spec[layer].mean().item(), "agreement": None}
@@ -794,7 +794,8 @@ def all_memories(result, tokenizer, index, triggers, texts):
              f"{'layer':<6}{'mean Spec':>11}{'agreement':>18}{'chance':>9}{'n':>10}"]
     for name, row in [*((row["layer"], row) for row in layers), ("all", result)]:
         a = row["agreement"]
-        lines.append(f"{name:<6}{row['mean_specificity']:>11.6f}" + (f"{a['share']:>10.2%} ± {a['standard_error']:>5.2%}{a['chance']:>9.2%}{a['n']:>10,}" if a else f"{'no context':>18}"))
+        lines.append(f"{name:<6}{row['mean_specificity']:>11.6f}" + (
+            f"{a['share']:>10.2%} ± {a['standard_error']:>5.2%}{a['chance']:>9.2%}{a['n']:>10,}" if a else f"{'no context':>18}"))
     lines += ["",
               "Spec: 1 - H(P) / log V of what a memory says when it is decoded alone, 0: anything, 1: one token; beside it, its most probable tokens.",
               "It is small where one memory vector alone is short, which leaves P nearly even; the order of its tokens is telling even then.",
@@ -842,7 +843,8 @@ def one_memory(result, model, tokenizer, layer, memory, triggers, texts, example
     calls = {}
     for name, title in (("largest", "largest"), ("smallest", "most negative")):
         lines += [
-            "", f"{title} coefficients k among {result['contexts']:,} contexts in {result['texts']:,} texts of {', '.join(result['tasks'])}: «the token where», -> what follows"]
+            "", f"{title} coefficients k among {result['contexts']:,} contexts in {result['texts']:,} texts of {', '.join(result['tasks'])}: "
+            "«the token where», -> what follows"]
         calls[name] = []
         for k, place in zip(triggers[name][layer, memory].tolist(), triggers[f"{name}_at"][layer, memory].tolist()):
             if place < 0 or (name == "smallest" and k >= 0):
@@ -854,7 +856,8 @@ def one_memory(result, model, tokenizer, layer, memory, triggers, texts, example
             calls[name].append({"k": k, "task": examples[text].task, "row": examples[text].index, "position": position, "context": before,
                                 "token": token_text(tokenizer, here), "next": token_text(tokenizer, after)})
             cut = "…" if position >= CONTEXT else ""
-            lines.append(f"  {k:>+9.3f}  {cut}{repr(before)[1:-1]}«{visible(tokenizer, here).strip(chr(39))}» -> {visible(tokenizer, after)}   ({examples[text].task} row {examples[text].index})")
+            lines.append(f"  {k:>+9.3f}  {cut}{repr(before)[1:-1]}«{visible(tokenizer, here).strip(chr(39))}» -> {visible(tokenizer, after)}   "
+                         f"({examples[text].task} row {examples[text].index})")
         if not calls[name]:
             lines.append("  none")
     lines += ["", "Where k is negative the memory adds -v, so it takes from these tokens what it says."]
