@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -29,8 +30,8 @@ from data import BadInput, page, read_json
 from data.tasks import SUITES, TASKS, TOY, chance, find, judge, load as load_examples, make_response
 from data.tokenizer import Tokenizer
 from data.words import CLASSES, TITLES, token_classes
-from infosteer import (METHODS, RANKINGS, Steering, clustered_mean, divergence, entropy, format_layers, grouped_correlation, spherical_kmeans,
-                       split_groups, surrogates, terciles)
+from infosteer import (METHODS, RANKINGS, Steering, agreement, clustered_mean, divergence, entropy, format_layers, grouped_correlation, keep_largest,
+                       specificity, spherical_kmeans, split_groups, surrogates, terciles, token_log_probability)
 from model import Config, Transformer
 
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"        # the toy world's tasks and models, which ship with the project
@@ -641,6 +642,341 @@ def with_error(mean, error, digits=1):
     return f"{100 * mean:.{digits}f}" + ("" if error is None else f" ± {100 * error:.{digits}f}")
 
 
+# ---- memories: what single ones say, and what calls them
+
+CONCEPTS = 10                          # a memory's concept: its most probable tokens
+LISTED = 5                              # memories shown at either end of a layer, and tokens of each where many memories are shown
+FOUND = 20                             # memories shown for a token
+LARGEST, SMALLEST = 5, 3               # contexts kept for each memory: with the largest coefficients, and with the most negative ones
+CONTEXT = 12                           # tokens of a context that are shown, the triggering one included
+LONGEST = 256                          # tokens of a text, as in training
+WATCHED = 32                           # texts watched between two writes to disk
+INDEX, TRIGGERS = "memories.safetensors", "memory_triggers.safetensors"
+
+
+def analyse_memories(args):
+    """What each memory says, and what calls it: the most specific and most general memories of each layer and how often the two agree; or
+    the memories that promote one token (--token); or one memory and the texts that call it (--index)."""
+    if len(args.model) > 1:
+        raise BadInput("--analyse memories looks at one model; give --model one folder")
+    folder, device = args.model[0], pick_device(args.device)
+    if args.index and not re.fullmatch(r"[0-9]+:[0-9]+", args.index):
+        raise BadInput(f"--index {args.index!r}: write LAYER:MEMORY, the layer from 1 and the memory from 0, for example 1:0")
+    examples = None if args.token is not None else development_examples(args)
+    model, tokenizer = load(folder, stored_dtype(folder) if args.dtype == "auto" else getattr(torch, args.dtype), device)
+    out, L, d_m = Path(args.out or Path(folder, "eval")), model.config.n_layers, model.config.d_m
+    result = {"model": str(folder), "layers": L, "memories": d_m, "vocabulary": model.config.vocab_size}
+    if args.token is not None:
+        token = single_token(args.token, tokenizer)
+        return token_search(result, model, tokenizer, token, memory_index(model, out / INDEX, args.overwrite))
+    texts = development_texts(examples, tokenizer)
+    result |= {"tasks": list(dict.fromkeys(example.task for example in examples)), "texts": len(texts), "contexts": sum(map(len, new_contexts(texts)))}
+    if args.index:
+        layer, memory = map(int, args.index.split(":"))
+        if not (1 <= layer <= L and memory < d_m):
+            raise BadInput(f"--index {args.index}: this model has layers 1 to {L} and in each the memories 0 to {d_m - 1}")
+        triggers = memory_triggers(model, texts, out / TRIGGERS, args.overwrite)
+        return one_memory(result, model, tokenizer, layer - 1, memory, triggers, texts, examples)
+    index = memory_index(model, out / INDEX, args.overwrite)
+    triggers = memory_triggers(model, texts, out / TRIGGERS, args.overwrite)
+    return all_memories(result, tokenizer, index, triggers, texts)
+
+
+def stored_dtype(folder):
+    """bfloat16 where the weights are stored so, else float32: nothing is rounded, and a large model is not blown up."""
+    raw = read_json(Path(folder, "config.json")) if Path(folder, "config.json").is_file() else {}
+    return torch.bfloat16 if raw.get("dtype", raw.get("torch_dtype")) == "bfloat16" else torch.float32
+
+
+# What people see of tokens: text that cannot move the cursor, and bytes where a token is not text.
+
+
+def token_text(tokenizer, id):
+    """The text of a token, for JSON; parts of characters become U+FFFD, an id that no token has "<id 1234>"."""
+    token = tokenizer.token(id)
+    return f"<id {id}>" if token is None else token.decode("utf-8", "replace")
+
+
+def visible(tokenizer, id):
+    """A token for the terminal: ' Paris', '\\x1b', b'\\xe2\\x80' for a part of a character, <id 1234> where no token has this id."""
+    token = tokenizer.token(id)
+    try:
+        return f"<id {id}>" if token is None else repr(token.decode())
+    except UnicodeDecodeError:
+        return repr(token)
+
+
+def single_token(text, tokenizer):
+    """The id of the token that is this text. Raises BadInput, listing its pieces, for a text that is none or several."""
+    ids = tokenizer.encode(text, bos=False, special=False)
+    if len(ids) == 1:
+        return ids[0]
+    fitting = next((repr(other) for other in (" " + text.strip(), text.strip()) if len(tokenizer.encode(other, bos=False, special=False)) == 1), None)
+    if not ids:
+        raise BadInput(f"--token {text!r}: the text is empty; give one token, for example ' the'")
+    pieces = " + ".join([visible(tokenizer, id) for id in ids[:12]] + ["..."] * (len(ids) > 12))
+    raise BadInput(f"--token {text!r}: not one token of this model but {len(ids)}: {pieces}; "
+                   f"try {fitting or visible(tokenizer, max(ids, key=lambda id: len(tokenizer.token(id))))}")
+
+
+# The development set: the texts whose contexts call the memories.
+
+
+def development_examples(args):
+    """--items examples of the tasks, drawn by a fixed seed: of the training split, or of the test split where there is no other."""
+    names = split_names(args.task) if args.task else [name for name, task in TOY.items() if "train" in task.splits]
+    examples = [example for name in names for example in load_examples(args.data or TOY_FOLDER, name, "train" if "train" in find(name).splits else "test")]
+    return [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:args.items].tolist()]
+
+
+def development_texts(examples, tokenizer):
+    """Examples -> lists of ids as training sees them: prompt, response, end of sequence. A context is what comes up to a token that is not the last."""
+    return [(tokenizer.encode(e.prompt, special=False) + tokenizer.encode(e.response, bos=False, special=False) + [tokenizer.eos_id])[:LONGEST + 1]
+            for e in examples]
+
+
+def new_contexts(texts):
+    """For each text, the positions of the contexts to look at: not the first, which is the same in all texts and a model's place to rest its
+    attention on, and none that an earlier text has had (many prompts begin alike, and would fill all of a memory's places)."""
+    seen, positions = set(), []
+    for ids in texts:
+        prefix, here = 0, []
+        for position, id in enumerate(ids[:-1]):
+            prefix = hash((prefix, id))
+            if position and prefix not in seen:
+                here.append(position)
+            seen.add(prefix)
+        positions.append(here)
+    return positions
+
+
+# Two files keep what takes long: the index, made layer by layer, and the triggers, made text by text. Both are written whole after each
+# step, so that an interrupted pass goes on, and name the weights they were made from.
+
+
+def weights_sha256(model):
+    """Tells models apart exactly. `fingerprint` would not do: a few steps of fine-tuning change what a memory says but hardly its length."""
+    sha = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        sha.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def keep(path, tensors, made):
+    """Write tensors and what they were made from ({name: text})."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, made)
+    os.replace(part, path)
+
+
+def kept(path, made, shapes, overwrite):
+    """Read what `keep` wrote: its tensors, or None where there is no file, where it was made from something else, or with overwrite.
+
+    shapes: {name: (dtype, shape)}, None for a size that may be anything. Raises BadInput for a file that is damaged or is not of this kind.
+    """
+    if overwrite or not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not readable as safetensors ({error}); --overwrite makes it again") from None
+    if found.get("kind") != made["kind"]:
+        raise BadInput(f"{path}: not a file of --analyse memories, {made['kind']} expected; --out puts ours elsewhere, --overwrite replaces it")
+    if found != made:
+        print(f"{path}: made from other {' and '.join(name for name in made if found.get(name) != made[name])}; made again", file=sys.stderr)
+        return None
+    for name, (dtype, shape) in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != dtype or tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape)):
+            raise BadInput(f"{path}: {name} is {'missing' if tensor is None else f'{tensor.dtype} {list(tensor.shape)}'}, "
+                           f"expected {dtype} {list(shape)}; --overwrite makes the file again")
+    return tensors
+
+
+@torch.inference_mode()
+def memory_index(model, path, overwrite=False):
+    """What every memory says, kept in `path`: {"entropy": H(P_i) in nats, "log_z": log Z_i, both [n_layers, d_m]; "ids" and "log_p": its concept,
+    [n_layers, d_m, K]}. P_i takes d_m x V numbers a layer; with log Z_i any of them is one product away."""
+    L, d_m, V = model.config.n_layers, model.config.d_m, model.config.vocab_size
+    K, made = min(CONCEPTS, V), {"kind": "memory index", "weights": weights_sha256(model)}
+    shapes = {"entropy": (torch.float32, (None, d_m)), "log_z": (torch.float32, (None, d_m)),
+              "ids": (torch.int32, (None, d_m, K)), "log_p": (torch.float32, (None, d_m, K))}
+    index = kept(path, made, shapes, overwrite)
+    if index is None:
+        index = {name: torch.empty(0, *shape[1:], dtype=dtype) for name, (dtype, shape) in shapes.items()}
+    done = len(index["entropy"])                                               # layers
+    if done > L or any(len(tensor) != done for tensor in index.values()) or not all(tensor.isfinite().all() for tensor in index.values()) or (
+            done and not (0 <= index["ids"].min() and index["ids"].max() < V and index["log_p"].max() <= 0)):
+        raise BadInput(f"{path}: holds what cannot be; --overwrite makes it again")
+    if done == L:
+        return index
+    # In fp32, whatever the weights are in: bf16 would round the logits to three digits, and tokens would tie. One copy of the head is all it takes.
+    decode = (model.embed if model.head is None else model.head).weight.float()                        # [V, d]
+    with tqdm(total=L * d_m, initial=done * d_m, desc="decoding memories", unit="memory", disable=None) as bar:
+        for layer in range(done, L):
+            v, said = model.blocks[layer].memory.values.weight.T.float(), []                           # [d_m, d]
+            for here, log_p in surrogates(v, decode):
+                top, ids = log_p.topk(K)                                                               # [piece, K]
+                log_z = (v[here] * decode[ids[:, 0]]).sum(-1) - top[:, 0]      # log P_i(t) = v_i . w_t - log Z_i, for the likeliest t
+                said.append((entropy(log_p), log_z, ids.to(torch.int32), top))
+                bar.update(len(log_p))
+            index = {name: torch.cat([index[name], torch.cat(pieces).cpu()[None]]) for name, pieces in zip(shapes, zip(*said))}
+            keep(path, index, made)
+    return index
+
+
+@torch.inference_mode()
+def memory_triggers(model, texts, path, overwrite=False):
+    """The contexts that call every memory most, kept in `path`: {"largest": k, [n_layers, d_m, LARGEST]; "smallest": the most negative k, [..., SMALLEST];
+    "largest_at" and "smallest_at": places among the tokens of all texts in a row}. Where there are fewer contexts, k is infinite and its place -1."""
+    L, d_m, device = model.config.n_layers, model.config.d_m, model.embed.weight.device
+    made = {"kind": "memory triggers", "weights": weights_sha256(model), "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+    state = kept(path, made, {"texts": (torch.int32, (1,)), **{f"{name}{at}": (torch.int32 if at else torch.float32, (L, d_m, n)) for at in ("", "_at")
+                                                              for name, n in (("largest", LARGEST), ("smallest", SMALLEST))}}, overwrite)
+    total = sum(map(len, texts))
+    if state is None:
+        state = {"texts": torch.zeros(1, dtype=torch.int32)}
+        for name, n, worst in (("largest", LARGEST, -math.inf), ("smallest", SMALLEST, math.inf)):
+            state |= {name: torch.full((L, d_m, n), worst), f"{name}_at": torch.full((L, d_m, n), -1, dtype=torch.int32)}
+    elif not 0 <= state["texts"] <= len(texts) or any(not -1 <= state[name].min() <= state[name].max() < total for name in ("largest_at", "smallest_at")) or any(
+            state[name].isnan().any() for name in ("largest", "smallest")):
+        raise BadInput(f"{path}: holds what cannot be; --overwrite makes it again")
+    done = int(state["texts"])                                                 # texts
+    state = {name: tensor.to(device) for name, tensor in state.items()}
+    positions = [torch.tensor(here, dtype=torch.long, device=device) for here in new_contexts(texts)]
+    starts = [0, *torch.tensor([len(ids) for ids in texts]).cumsum(0).tolist()]
+    with tqdm(total=len(texts), initial=done, desc="watching memories", unit="text", disable=None) as bar:
+        for start in range(done, len(texts), WATCHED):
+            def see(layer, h, k, row):                                         # k: [T, d_m]
+                new = positions[start + row]
+                for name, sign in (("largest", 1), ("smallest", -1)):
+                    best, at = keep_largest(sign * state[name][layer], state[f"{name}_at"][layer], sign * k[new], starts[start + row] + new)
+                    state[name][layer], state[f"{name}_at"][layer] = sign * best, at
+                bar.update(layer == L - 1)
+            watch(model, [ids[:-1] for ids in texts[start:start + WATCHED]], see)
+            state["texts"][0] = min(start + WATCHED, len(texts))
+            keep(path, state, made)
+    return {name: tensor.cpu() for name, tensor in state.items()}
+
+
+# Three ways to read the two files, each giving (what --json prints, what people read).
+
+
+def memory_row(tokenizer, layer, memory, spec, ids, log_p):
+    """One memory as JSON, and its concept as people read it, a list. layer from 0, ids and log_p [K]."""
+    concepts = [{"id": id, "token": token_text(tokenizer, id), "probability": p} for id, p in zip(ids.tolist(), log_p.exp().tolist())]
+    return ({"layer": layer + 1, "memory": memory, "specificity": float(spec), "concepts": concepts},
+            [f"{visible(tokenizer, concept['id'])} {percentage(concept['probability'])}" for concept in concepts])
+
+
+def percentage(p):
+    """0.5 -> "50.0%", 0.001 -> "0.10%": two digits of small ones, since a memory alone is hardly surer than chance."""
+    return f"{100 * p:.1f}%" if p >= 0.1 else f"{100 * p:#.2g}%"
+
+
+def all_memories(result, tokenizer, index, triggers, texts):
+    """Per layer: mean specificity, agreement of concepts and triggers, the most specific and the most general memories."""
+    spec = specificity(index["entropy"], result["vocabulary"])                 # [n_layers, d_m]
+    following = torch.tensor([id for ids in texts for id in [*ids[1:], -1]])   # [tokens of all texts]  the token after each
+    layers, shown = [], []
+    for layer in range(result["layers"]):
+        called = triggers["largest"][layer, :, 0] > 0                          # [d_m]  what nothing calls has no trigger
+        row = {"layer": layer + 1, "mean_specificity": spec[layer].mean().item(), "agreement": None}
+        if called.any():
+            share, error, chance = agreement(index["ids"][layer, called, 0].long(), following[triggers["largest_at"][layer, called, 0].long()])
+            row["agreement"] = {"n": int(called.sum()), "share": share, "standard_error": error, "chance": chance}
+        order = spec[layer].argsort(descending=True).tolist()
+        for name, chosen in (("most_specific", order[:LISTED]), ("most_general", order[:-LISTED - 1:-1])):
+            rows = [memory_row(tokenizer, layer, i, spec[layer, i], index["ids"][layer, i], index["log_p"][layer, i]) for i in chosen]
+            row[name] = [memory for memory, _ in rows]
+            shown += ["", f"layer {layer + 1}, the {name.replace('_', ' ')} memories: Spec, and what each says first"] + [
+                f"  {layer + 1}:{memory['memory']:<7}{memory['specificity']:8.6f}  {'  '.join(concepts[:LISTED])}" for memory, concepts in rows]
+        layers.append(row)
+    found = [row["agreement"] for row in layers if row["agreement"]]
+    n = sum(a["n"] for a in found)
+    whole = None
+    if found:
+        share, chance = (sum(a[key] * a["n"] for a in found) / n for key in ("share", "chance"))
+        whole = {"n": n, "share": share, "standard_error": math.sqrt(share * (1 - share) / n), "chance": chance}
+    result |= {"mean_specificity": spec.mean().item(), "agreement": whole, "by_layer": layers}
+    lines = [f"{result['model']}: {result['layers']} layers of {result['memories']:,} memories; triggers among {result['contexts']:,} contexts "
+             f"in {result['texts']:,} texts of {', '.join(result['tasks'])}", "",
+             f"{'layer':<6}{'mean Spec':>11}{'agreement':>18}{'chance':>9}{'n':>10}"]
+    for name, row in [*((row["layer"], row) for row in layers), ("all", result)]:
+        a = row["agreement"]
+        lines.append(f"{name:<6}{row['mean_specificity']:>11.6f}" + (
+            f"{a['share']:>10.2%} ± {a['standard_error']:>5.2%}{a['chance']:>9.2%}{a['n']:>10,}" if a else f"{'no context':>18}"))
+    lines += ["",
+              "Spec: 1 - H(P) / log V of what a memory says when it is decoded alone, 0: anything, 1: one token; beside it, its most probable tokens.",
+              "It is small where one memory vector alone is short, which leaves P nearly even; the order of its tokens is telling even then.",
+              "agreement: of n memories, how many say first the token that follows the context with their largest coefficient; chance: if concepts and",
+              "following tokens were paired at random. ± is the binomial standard error, as if memories were independent."]
+    return result, "\n".join(lines + shown + ["", "--index 1:0 shows what calls a memory, --token \" the\" which memories promote a token."])
+
+
+@torch.inference_mode()
+def token_search(result, model, tokenizer, token, index):
+    """The memories of all layers that give a token the largest probability, and its rank among what each of them says."""
+    decode = (model.embed if model.head is None else model.head).weight                                # [V, d]
+    w, L, d_m = decode[token].float(), result["layers"], result["memories"]
+    log_p = torch.stack([token_log_probability(block.memory.values.weight.T.float(), w, log_z.to(w.device))
+                         for block, log_z in zip(model.blocks, index["log_z"])]).cpu()                 # [n_layers, d_m]
+    best, places = log_p.flatten().topk(min(FOUND, L * d_m))
+    spec, rows, shown = specificity(index["entropy"], result["vocabulary"]), [], []
+    v = torch.stack([model.blocks[place // d_m].memory.values.weight[:, place % d_m].float() for place in places.tolist()])    # [shown, d]
+    logits = torch.cat([v @ piece.float().T for piece in decode.split(2**14)], 1)                      # [shown, V]
+    ranks = 1 + (logits > logits[:, [token]]).sum(1)
+    for place, p, rank in zip(places.tolist(), best.exp().tolist(), ranks.tolist()):
+        layer, i = divmod(place, d_m)
+        row, concepts = memory_row(tokenizer, layer, i, spec[layer, i], index["ids"][layer, i], index["log_p"][layer, i])
+        rows.append({**row, "probability": p, "rank": rank})
+        shown.append(f"{f'{layer + 1}:{i}':<10}{percentage(p):>9}{rank:>9,}{row['specificity']:>10.6f}  {'  '.join(concepts[:LISTED])}")
+    result |= {"token": {"id": token, "token": token_text(tokenizer, token)}, "found": rows}
+    lines = [f"{result['model']}: the memories that promote {visible(tokenizer, token)} (id {token}) most; "
+             f"a memory that says anything gives it {percentage(1 / result['vocabulary'])}", "",
+             f"{'memory':<10}{'P(token)':>9}{'rank':>9}{'Spec':>10}  what it says", *shown]
+    return result, "\n".join(lines)
+
+
+@torch.inference_mode()
+def one_memory(result, model, tokenizer, layer, memory, triggers, texts, examples):
+    """One memory, layer from 0: what it says, and the contexts with its largest and its most negative coefficients."""
+    decode = (model.embed if model.head is None else model.head).weight
+    v = model.blocks[layer].memory.values.weight[:, memory].float()                                    # [d]
+    log_p = torch.cat([piece.float() @ v for piece in decode.split(2**14)]).log_softmax(0)             # [V]
+    h = entropy(log_p)
+    top, ids = log_p.topk(min(CONCEPTS, len(log_p)))
+    row, concepts = memory_row(tokenizer, layer, memory, specificity(h, len(log_p)), ids, top)
+    ends = torch.tensor([len(ids) for ids in texts]).cumsum(0)
+    lines = [f"{result['model']}: memory {layer + 1}:{memory}", "",
+             f"Spec   {row['specificity']:.6f} (entropy {h:.4f} of at most {math.log(len(log_p)):.4f} nats)", f"says   {'  '.join(concepts)}"]
+    calls = {}
+    for name, title in (("largest", "largest"), ("smallest", "most negative")):
+        lines += [
+            "", f"{title} coefficients k among {result['contexts']:,} contexts in {result['texts']:,} texts of {', '.join(result['tasks'])}: "
+            "«the token where», -> what follows"]
+        calls[name] = []
+        for k, place in zip(triggers[name][layer, memory].tolist(), triggers[f"{name}_at"][layer, memory].tolist()):
+            if place < 0 or (name == "smallest" and k >= 0):
+                continue
+            text = int(torch.searchsorted(ends, place, right=True))
+            position = place - int(ends[text]) + len(texts[text])
+            before = tokenizer.decode([id for id in texts[text][max(0, position - CONTEXT + 1):position] if id != tokenizer.bos_id])
+            here, after = texts[text][position], texts[text][position + 1]
+            calls[name].append({"k": k, "task": examples[text].task, "row": examples[text].index, "position": position, "context": before,
+                                "token": token_text(tokenizer, here), "next": token_text(tokenizer, after)})
+            cut = "…" if position >= CONTEXT else ""
+            lines.append(f"  {k:>+9.3f}  {cut}{repr(before)[1:-1]}«{visible(tokenizer, here).strip(chr(39))}» -> {visible(tokenizer, after)}   "
+                         f"({examples[text].task} row {examples[text].index})")
+        if not calls[name]:
+            lines.append("  none")
+    lines += ["", "Where k is negative the memory adds -v, so it takes from these tokens what it says."]
+    return result | row | {"entropy": h.item(), **calls}, "\n".join(lines)
+
+
 # ---- sweeps: tables of the paper that need runs of their own
 
 # What the paper reports, in %: mean over its tasks and models (Tables 2 and 8), GSM8K and the mean of five others (Table 4).
@@ -1024,6 +1360,7 @@ def analyse_flux(args):
 
 
 ANALYSES = {
+    "memories": (analyse_memories, "what memories say and what calls them, all in short, or by --token or --index"),
     "regions": (analyse_regions, "where the key coefficients of the fine-tuned models in --runs fall among the percentiles of the base model's (Fig. 4)"),
     "layers": (partial(analyse_sweep, "layers"), "steering early, middle or late layers (Table 8); trains what is missing in --runs"),
     "magnitude": (partial(analyse_sweep, "magnitude"), "weak and strong steering (Table 2); trains what is missing"),
@@ -1052,7 +1389,7 @@ def verdict(values, sign=1):
     return words, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def claims(rows, regions):
+def claims(rows, regions, flux):
     """What the paper claims, what these runs show: [[claim, where, difference in points, verdict]]."""
     found = []
     compared = [row for row in rows if row["interval"]]
@@ -1077,6 +1414,14 @@ def claims(rows, regions):
             if against in arms and (values := shift(arm, region, against)):
                 words, numbers = verdict(values, sign)
                 found.append([claim, f"{arm} against {against}, |k|", numbers, words])
+    for model in flux["models"] if flux else ():
+        content, others = model["classes"]["content"], ("punctuation", "function", "copied")
+        for other in others:
+            low = model["classes"][other]
+            if content["standard_error"] and low["standard_error"]:
+                gap, error = content["mean"] - low["mean"], math.hypot(content["standard_error"], low["standard_error"])
+                words = "not shown: within two standard errors" if abs(gap) < 2 * error else "as in the paper" if gap > 0 else "the opposite"
+                found.append([f"content words have more flux than {TITLES[other]} (section 6)", f"{model['title']}, answers", f"{gap:+.3f} ± {error:.3f} nats", words])
     return found
 
 
@@ -1129,7 +1474,7 @@ def report_sections(folder, model, runs, device):
                                          for label, key in curves.items())))
     if not Path(model).is_dir():
         why = page.paragraph(f"{model}, the model that these runs began with, is not there, so what its memories do cannot be shown.")
-        return sections + [("What the paper claims", claims_table(claims(rows, None))), ("Memories", why)]
+        return sections + [("What the paper claims", claims_table(claims(rows, None, None))), ("Memories", why)]
 
     names, data = split_names(settings[0]["task"]), settings[0]["data"]
     names = [name for name in names if "test" in find(name).splits]
@@ -1139,7 +1484,25 @@ def report_sections(folder, model, runs, device):
         body += page.bars(list(REGIONS), {arm: [(round(100 * found["mean"][reading][region], 1), found["standard_error"] and 100 * found["standard_error"][reading][region])
                           for region in range(3)] for arm, found in regions["arms"].items()}, note=f"share of the key coefficients in the base model's regions, {name}")
     sections.append(("Key regions (the paper's Fig. 4)", body))
-    return [*sections[:1], ("What the paper claims, and what is seen here", claims_table(claims(rows, regions))), *sections[1:]]
+
+    first = {}                                                                 # the first seed of each arm stands for it
+    for arm, _, run in trained:
+        first.setdefault(arm, run)
+    items = [(e.prompt, None) for name in names for e in load_examples(data, name, "test")[:max(1, REPORT_ITEMS // len(names))]]
+    flux = flux_of([model, *map(str, first.values())], items, max(find(name).max_new_tokens for name in names), device)
+    flux["settings"] |= {"task": names, "data": data}
+    sections += flux_sections(flux)
+
+    base, tokenizer = load(model, device=device)
+    index, lines = memory_index(base, Path(folder, f"{Path(model).name}-base", INDEX)), []
+    spec = specificity(index["entropy"], base.config.vocab_size)               # [n_layers, d_m]
+    for layer in range(base.config.n_layers):
+        for i in spec[layer].topk(min(LISTED, base.config.d_m)).indices.tolist():
+            concepts = [f"{visible(tokenizer, id)} {percentage(p)}" for id, p in zip(index["ids"][layer, i].tolist(), index["log_p"][layer, i].exp().tolist())]
+            lines.append([f"{layer + 1}:{i}", f"{spec[layer, i]:.6f}", "  ".join(concepts[:LISTED])])
+    sections.append(("The most specific memories", page.table(["memory", "Spec", "what it says when it is decoded alone"], lines, note=(
+        "of the base model; layer:memory. Spec is 1 - H(P) / log V, 0: anything, 1: one token; beside it the most probable tokens. eval.py --analyse memories shows more"))))
+    return [*sections[:1], ("What the paper claims, and what is seen here", claims_table(claims(rows, regions, flux))), *sections[1:]]
 
 
 REPORT_ITEMS = 60                      # items whose tokens are looked at
@@ -1179,7 +1542,7 @@ responses held no answer.""")
     parser.add_argument("--cache-gb", type=finite, default=2.0, metavar="X", help="memory for keys and values in decoding (default: 2)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="of the weights (default: bfloat16 on cuda, else float32)")
+                        help="of the weights (default: bfloat16 on cuda, else float32; --analyse memories: as they are stored)")
     parser.add_argument("--overwrite", action="store_true", help="score again what has been scored")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -1191,10 +1554,15 @@ responses held no answer.""")
     group.add_argument("--per-layer", action="store_true", help="regions: each layer too")
     group.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="layers, magnitude, ood: the seeds of the runs (default: 0 1 2)")
     group.add_argument("--train-flags", metavar="'FLAGS'", default="", help="layers, magnitude, ood: more flags for train.py, as --train-flags='--lr 1e-4 --batch 16'")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--token", metavar="TEXT", help="memories: those that promote this token, given with its leading space (\" Paris\")")
+    one.add_argument("--index", metavar="LAYER:MEMORY", help="memories: one of them, the layer from 1 and the memory from 0, and the texts that call it")
     args = parser.parse_args()
 
     if not (args.model or args.compare or args.analyse or args.report):
         parser.error("give --model DIR to score it, or --compare, --report or --analyse")
+    if (args.token is not None or args.index is not None) and args.analyse != "memories":
+        parser.error("--token and --index need --analyse memories")
     if args.analyse != "flux" and (args.text is not None or args.html):
         parser.error("--text and --html go with --analyse flux")
     for name in ("compare", "report"):

@@ -463,3 +463,30 @@ def grouped_correlation(x, y, group, text):
     whole, without, G = r(sums.sum(0)), r(sums.sum(0) - sums), len(sums)                  # [], [G]
     error = ((G - 1) / G * (without - without.mean()).square().sum()).sqrt() if G > 1 else whole * torch.nan
     return tuple(None if value.isnan() else value.item() for value in (whole, error))
+
+
+# ------------------------------------------------------------------------------- reading memories: what they say, what calls them
+
+
+def token_log_probability(v, w, log_z):
+    """log P_i(t) = v_i . w_t - log Z_i of one token t: v [n, d], its row of the LM head w [d], log Z [n] -> [n] nats."""
+    return v @ w - log_z
+
+
+def keep_largest(kept, at, k, positions):
+    """The largest coefficients of each memory so far: kept [d_m, n] and the positions they were seen at [d_m, n], k [T, d_m] at positions [T]
+    -> both, brought up to date. -inf in kept is a place that is still free."""
+    largest, chosen = torch.cat([kept, k.T.to(kept.dtype)], 1).topk(kept.shape[1])                      # [d_m, n]
+    return largest, torch.cat([at, positions.to(at.dtype).expand(len(at), -1)], 1).gather(1, chosen)
+
+
+def agreement(concepts, following):
+    """How often what a memory says is what comes after the text that calls it (Geva et al. 2021): two token ids for each memory, both [n]
+    -> (share of memories where they are the same token, its binomial standard error, chance).
+
+        chance = sum_t  share of memories whose concept is t  x  share of memories whose trigger is followed by t
+    """
+    share = (concepts == following).double().mean().item()
+    size = int(max(concepts.max(), following.max())) + 1
+    chance = (concepts.bincount(minlength=size).double() @ following.bincount(minlength=size).double()).item() / len(concepts) ** 2
+    return share, (share * (1 - share) / len(concepts)) ** 0.5, chance

@@ -165,6 +165,10 @@ class Tokenizer:
                     ids += bpe(part)
         return ids
 
+    def token(self, id):
+        """The bytes of one token, which may be a part of a character only; None for an id that no token has."""
+        return self._to_bytes(self._names[id]) if id in self._names else None
+
     def decode(self, ids):
         """Ids to text; bytes that are not UTF-8 become U+FFFD. Raises BadInput for an id that no token has."""
         try:

@@ -199,7 +199,7 @@ def test_the_report_shows_everything_and_asks_nobody(runs, tmp_path, monkeypatch
     links.feed(page)
     assert not links.asked and "<script" not in page and "://" not in re.sub(r'xmlns="[^"]*"', "", page)
     for heading in ("What was run", "What the paper claims, and what is seen here", "Accuracy", "In and out of distribution", "Set by set (the paper's Fig. 3)",
-                    "Training", "Key regions (the paper's Fig. 4)"):
+                    "Training", "Key regions (the paper's Fig. 4)", "Flux, token by token", "Mean flux of kinds of words", "The most specific memories"):
         assert heading in links.headings
     assert "--steps 2" in page and "int-value" in page and f"{torch.__version__}" in page
     accuracy = evaluation.compare(evaluation.find_runs(folder))
