@@ -1384,8 +1384,8 @@ def verdict(values, sign=1):
     """Does a difference have the sign that the paper reports? Its values over seeds -> (words, numbers in percentage points)."""
     mean, low, high = (None if x is None else 100 * x for x in interval(values))
     if low is None:
-        return "one seed: not shown", f"{mean:+.1f}"
-    words = "not shown: the interval covers zero" if low <= 0 <= high else "as in the paper" if (mean > 0) == (sign > 0) else "the opposite"
+        return "not shown: one seed", f"{mean:+.1f}"
+    words = "not shown" if low <= 0 <= high else "as in the paper" if (mean > 0) == (sign > 0) else "the opposite"
     return words, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
@@ -1397,7 +1397,7 @@ def claims(rows, regions, flux):
         for row in compared:
             if row["arm"].partition("-")[0] == method:
                 low, high = row["interval"]
-                words = "not shown: the interval covers zero" if low <= 0 <= high else "as in the paper" if low > 0 else "the opposite"
+                words = "not shown" if low <= 0 <= high else "as in the paper" if low > 0 else "the opposite"
                 found.append([f"{name} beats plain fine-tuning (Tables 1, 2 and 4)", f"{row['arm']}, {row['suite']}", difference(row).removeprefix("none "), words])
     arms = regions["arms"] if regions else {}
 
@@ -1420,7 +1420,7 @@ def claims(rows, regions, flux):
             low = model["classes"][other]
             if content["standard_error"] and low["standard_error"]:
                 gap, error = content["mean"] - low["mean"], math.hypot(content["standard_error"], low["standard_error"])
-                words = "not shown: within two standard errors" if abs(gap) < 2 * error else "as in the paper" if gap > 0 else "the opposite"
+                words = "not shown" if abs(gap) < 2 * error else "as in the paper" if gap > 0 else "the opposite"
                 found.append([f"content words have more flux than {TITLES[other]} (section 6)", f"{model['title']}, answers", f"{gap:+.3f} ± {error:.3f} nats", words])
     return found
 
@@ -1442,13 +1442,13 @@ def report_sections(folder, model, runs, device):
     trained = runs_from(folder, model)
     settings = [read_run(run) for _, _, run in trained]
     rows = compare(runs)
-    commands = page.preformatted("\n".join(dict.fromkeys(of["command"] for of in settings if "command" in of)))
+    commands = list(dict.fromkeys(of["command"] for of in settings if "command" in of))
     lines = {}                                                                 # one for the runs that differ in nothing but the seed
     for (arm, seed, _), of in zip(trained, settings):
         lines.setdefault((arm, str(as_steering(of["steering"])), of["steps_total"], of["batch"], of["lr"], of["warmup"], of["examples"],
                           f"{of['precision']}, {of['device']}", f"{of['versions']['torch']}, {of['versions']['python']}"), []).append(seed)
     sections = [("What was run", page.table(["arm", "seeds", "steering", "steps", "batch", "lr", "warm-up", "examples", "precision, device", "torch, Python"],
-                                            [[line[0], " ".join(map(str, seeds)), *line[1:]] for line, seeds in lines.items()]) + commands)]
+                                            [[line[0], " ".join(map(str, seeds)), *line[1:]] for line, seeds in lines.items()]) + (page.preformatted("\n".join(commands)) if commands else ""))]
 
     suites, arms = list(dict.fromkeys(row["suite"] for row in rows)), list(dict.fromkeys(row["arm"] for row in rows))
     cells = {(row["arm"], row["suite"]): row for row in rows}
@@ -1498,10 +1498,10 @@ def report_sections(folder, model, runs, device):
     spec = specificity(index["entropy"], base.config.vocab_size)               # [n_layers, d_m]
     for layer in range(base.config.n_layers):
         for i in spec[layer].topk(min(LISTED, base.config.d_m)).indices.tolist():
-            concepts = [f"{visible(tokenizer, id)} {percentage(p)}" for id, p in zip(index["ids"][layer, i].tolist(), index["log_p"][layer, i].exp().tolist())]
-            lines.append([f"{layer + 1}:{i}", f"{spec[layer, i]:.6f}", "  ".join(concepts[:LISTED])])
-    sections.append(("The most specific memories", page.table(["memory", "Spec", "what it says when it is decoded alone"], lines, note=(
-        "of the base model; layer:memory. Spec is 1 - H(P) / log V, 0: anything, 1: one token; beside it the most probable tokens. eval.py --analyse memories shows more"))))
+            lines.append([f"{layer + 1}:{i}", f"{spec[layer, i]:.6f}", *(visible(tokenizer, id) for id in index["ids"][layer, i, :LISTED].tolist())])
+    sections.append(("The most specific memories", page.table(["memory", "Spec", "says first", "then", *[""] * (LISTED - 2)], lines, note=(
+        "of the base model; layer:memory. Spec is 1 - H(P) / log V, 0: anything, 1: one token; beside it the tokens that it makes most probable when it is "
+        "decoded alone. eval.py --analyse memories shows more"))))
     return [*sections[:1], ("What the paper claims, and what is seen here", claims_table(claims(rows, regions, flux))), *sections[1:]]
 
 
@@ -1510,7 +1510,7 @@ MOST_CURVES = 20
 
 
 def claims_table(found):
-    return page.table(["the paper", "here", "difference, points", "shown?"], found, note="95% intervals over seeds. Every comparison made is in this table; one in twenty of "
+    return page.table(["the paper", "here", "difference, points", "shown?"], found, note="95% intervals over seeds; not shown: the interval covers zero (of flux: within two standard errors). Every comparison made is in this table; one in twenty of "
                       "them would exclude zero by chance alone.")
 
 

@@ -166,10 +166,10 @@ def test_regions_without_runs_say_how_to_make_some(tmp_path, monkeypatch):
 
 
 def test_verdicts_follow_the_interval():
-    assert evaluation.verdict([0.01, 0.02, 0.03]) == ("not shown: the interval covers zero", "+2.0 [-0.5, +4.5]")
+    assert evaluation.verdict([0.01, 0.02, 0.03]) == ("not shown", "+2.0 [-0.5, +4.5]")
     assert evaluation.verdict([0.02, 0.021, 0.022])[0] == "as in the paper" and evaluation.verdict([0.02, 0.021, 0.022], -1)[0] == "the opposite"
     assert evaluation.verdict([-0.02, -0.021, -0.022], -1)[0] == "as in the paper"
-    assert evaluation.verdict([0.5]) == ("one seed: not shown", "+50.0")
+    assert evaluation.verdict([0.5]) == ("not shown: one seed", "+50.0")
 
 
 class Links(html.parser.HTMLParser):
