@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -40,6 +41,25 @@ CHUNK = 256                            # items answered between two writes to di
 
 # --------------------------------------------------------------------------------------------- shared with train.py
 
+# torchrun starts WORLD processes, each with its number; started alone, there is this one. Number 0 does all writing and talking.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+BAR = None if RANK == 0 else True      # tqdm(disable=BAR): a bar where somebody looks
+
+
+def join(device, alone=False):
+    """Meet the other processes that torchrun started, if any, on a CPU or on GPUs; with `alone`, be a group of one."""
+    if not dist.is_initialized() and (WORLD > 1 or alone):
+        meeting = {} if WORLD > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **meeting)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+
+def wait():
+    """Go on when all processes have come here."""
+    if WORLD > 1:
+        dist.barrier()
+
 
 class Parser(argparse.ArgumentParser):
     """Command lines whose errors are one line, and whose flags are never guessed from a prefix."""
@@ -53,15 +73,19 @@ class Parser(argparse.ArgumentParser):
 
 def command(main):
     """Run a command's main(): what the user got wrong becomes one line on standard error and exit status 2."""
-    name = Path(sys.argv[0]).name
+    name = Path(sys.argv[0]).name + (f" (process {RANK})" if RANK else "")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (BadInput, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print(f"{name}: error: out of GPU memory; first lower --micro-tokens (training) or --cache-gb (evaluation), "
-              "then add --checkpoint (training)", file=sys.stderr)
+              "then add --checkpoint, then --offload (training)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; what was saved is kept", file=sys.stderr)
@@ -93,15 +117,19 @@ def pick_device(name):
         except (RuntimeError, AssertionError) as error:
             raise BadInput(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
         return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load(folder, dtype=torch.float32, device="cpu"):
-    """A checkpoint folder -> (model, tokenizer), checked to fit together. Raises BadInput."""
+def load(folder, dtype=torch.float32, device="cpu", weights=True):
+    """A checkpoint folder -> (model, tokenizer), checked to fit together. Without weights: the model on the meta device. Raises BadInput."""
     if not Path(folder).is_dir():
         raise BadInput(f"{folder}: no such folder; --model takes a checkpoint folder as published (config.json, safetensors, tokenizer files)")
     tokenizer = Tokenizer.from_pretrained(folder)
-    model = Transformer.from_pretrained(folder, dtype, device)
+    if weights:
+        model = Transformer.from_pretrained(folder, dtype, device)
+    else:
+        with torch.device("meta"):
+            model = Transformer(Config.from_pretrained(folder))
     if tokenizer.max_id >= model.config.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has ids up to {tokenizer.max_id}, but the embedding ends at "
                        f"{model.config.vocab_size - 1}; these are not the tokenizer files of this model")
@@ -127,6 +155,8 @@ def read_run(folder):
 
 def write_whole(path, text):
     """Write a file so that it is either there completely or not at all."""
+    if RANK:
+        return
     part = Path(f"{path}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -174,13 +204,14 @@ def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_by
             lines = {item["index"]: item for item in (json.loads(line) for line in kept[1:] if line.endswith("\n"))}
     pending = sorted((e for e in examples if e.index not in lines), key=lambda e: -len(e.prompt))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file, tqdm(
-            total=len(examples), initial=len(lines), desc=settings["task"], unit="item", disable=None) as bar:
+    wait()                                                      # until all have read what is to be written now
+    with open(os.devnull if RANK else part, "w", encoding="utf-8") as file, tqdm(
+            total=-(-len(examples) // WORLD), initial=len(lines) // WORLD, desc=settings["task"], unit="item", disable=BAR) as bar:
         file.write("".join([head + "\n"] + [json.dumps(item) + "\n" for item in lines.values()]))
-        for start in range(0, len(pending), CHUNK):
-            chunk = pending[start:start + CHUNK]
-            for example, response in zip(chunk, answer(
-                    model, tokenizer, chunk, settings["score"], settings["max_new_tokens"], steering, cache_bytes, bar)):
+        for start in range(0, len(pending), CHUNK * WORLD):
+            chunk = pending[start:start + CHUNK * WORLD]
+            responses = answer(model, tokenizer, chunk[RANK::WORLD], settings["score"], settings["max_new_tokens"], steering, cache_bytes, bar)
+            for example, response in zip(chunk, gather(responses, len(chunk))):
                 item = {"index": example.index, "prompt": example.prompt, "response": response, "answer": example.answer,
                         **judge(example, response)}
                 lines[example.index] = item
@@ -190,8 +221,19 @@ def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_by
     summary = {**settings, **summarise(items), "chance": chance(examples)}
     write_whole(path, "".join(json.dumps(item) + "\n" for item in items))
     write_whole(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
-    part.unlink()
+    if RANK == 0:
+        part.unlink()
+    wait()
     return summary
+
+
+def gather(mine, n):
+    """The n things of which each process has every WORLD-th -> all of them, in order."""
+    if WORLD == 1:
+        return mine
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, mine)
+    return [parts[i % WORLD][i // WORLD] for i in range(n)]
 
 
 def summarise(items):
@@ -512,10 +554,10 @@ def save_profile(path, profile, model, steering):
     os.replace(part, path)
 
 
-def load_profile(path, model, steering, own=False):
+def load_profile(path, model, steering, own=False, device=None):
     """Read what `save_profile` wrote, for the method of `steering`. Raises BadInput for a file that is none, or of another model or method.
 
-    own: the model is a run with its own profile, which tells of its base model and so of other weights.
+    own: the model is a run with its own profile, which tells of its base model and so of other weights. device: if not the model's.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -537,7 +579,7 @@ def load_profile(path, model, steering, own=False):
         grouped = name in ("semantic", "activation")
         if grouped != (tensor.dtype == torch.long) or not (0 <= tensor.min() and tensor.max() < shape[1] if grouped else tensor.isfinite().all()):
             raise BadInput(f"{path}: {name} holds what cannot be; make the profile again")
-    return {name: found[name].to(model.embed.weight.device) for name in needs}
+    return {name: found[name].to(device or model.embed.weight.device) for name in needs}
 
 
 @torch.inference_mode()
@@ -1568,6 +1610,8 @@ responses held no answer.""")
     for name in ("compare", "report"):
         if (folder := getattr(args, name)) and not Path(folder).is_dir():
             raise BadInput(f"--{name} {folder}: no such folder")
+    if WORLD > 1 and (args.analyse or args.report or args.compare or args.change):
+        raise BadInput("torchrun: several processes share the items of a task that is scored; comparisons and analyses take one, python eval.py")
     if args.report:
         write_whole(Path(args.report, "report.html"), report(args.report, pick_device(args.device)))
         return print(f"{Path(args.report, 'report.html')}: open it in a browser")
@@ -1590,6 +1634,7 @@ responses held no answer.""")
         for rank_by in RANKINGS:
             print(change_line(model, prompts, Steering("int", rank_by=rank_by)))
         return
+    join(pick_device(args.device))
     steering = None
     if args.steered:
         settings = read_run(args.model).get("steering", {})

@@ -210,7 +210,7 @@ class _KeyEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k):
-        entropy, total = k.new_empty((2, *k.shape[:-1]), dtype=accumulate(k))             # [...], [...]
+        entropy, total = (k.new_empty(k.shape[:-1], dtype=accumulate(k)) for _ in range(2))           # [...], [...]
         for rows, h, s in zip(*_pieces(k, entropy, total)):
             a = _magnitudes(rows)
             torch.sum(a, -1, out=s)

@@ -385,6 +385,11 @@ class Transformer(nn.Module):
             rewards.append(torch.zeros_like(flux) if steering and reward is None else reward)
         return (self.norm(x), torch.stack(fluxes), torch.stack(rewards)) if steering else (self.norm(x), None, None)
 
+    def predict(self, tokens, at, steering=None, checkpoint=False):
+        """What training needs, in one pass: tokens [B, T], at [S] places of the flattened tokens -> (logits [S, V], flux, reward as in `hidden`)."""
+        hidden, flux, reward = self.hidden(tokens, steering, checkpoint=checkpoint)
+        return self.logits(hidden.flatten(0, 1)[at]), flux, reward
+
     def logits(self, hidden):
         """The LM head: hidden states [..., d] -> logits [..., V] in fp32."""
         logits = F.linear(hidden, self.embed.weight if self.head is None else self.head.weight).float()

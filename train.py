@@ -23,15 +23,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from data import BadInput
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
 from data.tokenizer import Tokenizer
 from data.world import DOCUMENTS, World, documents
-from eval import (PROFILE, TOY_FOLDER, TOY_TRAINING, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, load, load_profile,
-                  memory_profile, pick_device, positive, read_run, run_folder, save_profile, score, side_by_side, split_names, write_whole)
+from eval import (BAR, PROFILE, RANK, TOY_FOLDER, TOY_TRAINING, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, join, load, load_profile,
+                  memory_profile, pick_device, positive, read_run, run_folder, save_profile, score, side_by_side, split_names, wait, write_whole, WORLD)
 from infosteer import BASES, METHODS, NORMALISATIONS, RANKINGS, Steering, meaningful, parse_layers
 from model import Config, Transformer
 
@@ -56,7 +60,7 @@ TOY_FAMILIES = {                       # --pretrain NAME -> what its config.json
 IGNORE = -100                          # the target of tokens that are not supervised
 CONTROL = ("train_only", "resume", "overwrite", "save_every", "steering", "out", "arms")      # flags that are no settings of a run
 SETTINGS = sorted({name for method in METHODS for base in BASES for name in meaningful(method, base)})      # flags of the steering
-MACHINE = ("command", "device", "micro_tokens", "checkpoint", "versions")      # settings that --resume may change: the run stays the same
+MACHINE = ("command", "device", "micro_tokens", "checkpoint", "compile", "offload", "versions")      # settings that --resume may change: the run stays the same
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
@@ -130,6 +134,9 @@ def read_settings(argv=None):
     group.add_argument("--micro-tokens", type=positive, metavar="N", help="tokens, padding included, in one forward pass; lower it if memory is short, "
                        f"the gradients stay the same {usual('micro_tokens')}")
     group.add_argument("--checkpoint", action="store_true", help="compute activations twice instead of keeping them: less memory, 1.3 to 1.9 times the time")
+    group.add_argument("--compile", action="store_true", help="torch.compile each block: slow to start, then faster on a GPU")
+    group.add_argument("--offload", action="store_true", help="keep gradients, optimizer state and master weights in CPU memory: less GPU memory, slower "
+                       "(torchrun --nproc-per-node N train.py ... spreads them over N GPUs instead, or as well)")
     group.add_argument("--save-every", type=positive, metavar="N", help="save the state of the run every N steps, for --resume")
     group.add_argument("--train-only", action="store_true", help="the laptop experiment: do not score base and run afterwards")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run, given the same flags")
@@ -183,7 +190,7 @@ def encode(examples, tokenizer, max_length):
     Prompt and response are encoded apart, as they are when the model answers a prompt.
     """
     rows = []
-    for example in tqdm(examples, desc="encoding", unit="row", disable=None if len(examples) > 20_000 else True):
+    for example in tqdm(examples, desc="encoding", unit="row", disable=BAR if len(examples) > 20_000 else True):
         prompt = tokenizer.encode(example.prompt, special=False)
         response = tokenizer.encode(example.response, bos=False, special=False) + [tokenizer.eos_id]
         rows.append(((prompt + response)[:max_length], len(prompt)))
@@ -193,7 +200,7 @@ def encode(examples, tokenizer, max_length):
 def fine_tuning_data(args, device):
     """-> model, tokenizer, rows of `encode`, a name for each row, a remark. Raises BadInput."""
     examples = [example for name in split_names(args.task) for example in load_examples(args.data, name, "train")[:args.limit]]
-    model, tokenizer = load(args.model, torch.float32, device)
+    model, tokenizer = load(args.model, torch.float32, "cpu" if spread(args) else device, weights=RANK == 0)     # process 0 hands them out
     rows = encode(examples, tokenizer, args.max_length)
     cut = sum(ids[-1] != tokenizer.eos_id for ids, _ in rows)
     kept = [row for row, (ids, n_prompt) in enumerate(rows) if len(ids) > n_prompt]
@@ -208,14 +215,14 @@ def pretraining_data(args, device):
     """The same for --pretrain: a new model, and the toy world's text packed into rows of max_length ids, all but the first supervised."""
     tokenizer = Tokenizer.from_pretrained(args.data)
     ids, text = [], hashlib.sha256()
-    for document in tqdm(documents(World()), total=DOCUMENTS, desc="writing the toy world", unit="document", disable=None):
+    for document in tqdm(documents(World()), total=DOCUMENTS, desc="writing the toy world", unit="document", disable=BAR):
         ids += tokenizer.encode(document, special=False) + [tokenizer.eos_id]
         text.update(document.encode())
     config = Config.from_dict(dict(TOY_FAMILIES[args.pretrain], vocab_size=max(tokenizer.max_id, tokenizer.pad_id) + 1,
                                    bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, torch_dtype="float32"))
     stride = args.max_length - 1                       # the last id of a row is a target only, and the first id of the next
     rows = [(ids[start:start + args.max_length], 1) for start in range(0, len(ids) - stride, stride)][:args.limit]
-    return Transformer(config).initialise(args.seed).to(device), tokenizer, rows, [f"row {row} of the text" for row in range(len(rows))], (
+    return Transformer(config).initialise(args.seed).to("cpu" if spread(args) else device), tokenizer, rows, [f"row {row} of the text" for row in range(len(rows))], (
         f"; SHA-256 of the text {text.hexdigest()}")
 
 
@@ -259,16 +266,16 @@ def collate(rows):
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
-def losses(model, inputs, targets, real, steering, checkpoint=False):
+def losses(model, inputs, targets, real, steering, checkpoint=False, device=None):
     """Sums over one micro-batch, in nats: cross-entropy over its supervised tokens [], key entropy and reward over its tokens [n_layers] each.
 
     The caller divides them by the counts of the whole optimizer step, so that every supervised token of a step weighs the same,
-    whichever micro-batch it fell into.
+    whichever micro-batch it fell into. device: where to compute, if not where the weights are kept.
     """
-    device = model.embed.weight.device
+    device = device or model.embed.weight.device
     supervised = (targets.flatten() != IGNORE).nonzero()[:, 0]                 # [S]  found on the CPU: no wait for the GPU
-    hidden, flux, reward = model.hidden(inputs.to(device), steering, checkpoint=checkpoint)     # [B, T, d], [n_layers, B, T] twice
-    logits = model.logits(hidden.flatten(0, 1)[supervised.to(device)])         # [S, V]  the head runs where there is something to learn
+    # [S, V], [n_layers, B, T] twice; the head runs where there is something to learn
+    logits, flux, reward = model.predict(inputs.to(device), supervised.to(device), steering, checkpoint)
     lm = F.cross_entropy(logits, targets.flatten()[supervised].to(device), reduction="sum")
     real = real.to(device)
     return lm, (flux.detach() * real).sum((1, 2)), (reward * real).sum((1, 2))         # [], [n_layers], [n_layers]
@@ -279,6 +286,43 @@ def learning_rate(step, args, total):
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     return args.lr * (total - step) / max(1, total - args.warmup)
+
+
+# ------------------------------------------------------------- more than one GPU, or less memory than the model takes: PyTorch's FSDP2
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)               # a state dict of whole tensors, at process 0
+HANDED_OUT = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def spread(args):
+    """Is the model spread over processes, or partly in CPU memory?"""
+    return WORLD > 1 or args.offload
+
+
+def shard(model, device, offload):
+    """Spread parameters, gradients and optimizer state over the processes: process 0's model -> the same model, a part of each tensor here.
+
+    A block's tensors are put together when it is used, and its gradients are summed and divided as they come.
+    """
+    with torch.device("meta"):
+        sharded = Transformer(model.config)
+    mesh, policy = init_device_mesh(device.type, (WORLD,)), CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    for part in (*sharded.blocks, sharded):
+        fully_shard(part, mesh=mesh, offload_policy=policy)
+    register_fsdp_forward_method(sharded, "predict")
+    sharded.to_empty(device="cpu" if offload else device)
+    set_model_state_dict(sharded, model.state_dict() if RANK == 0 else {}, options=HANDED_OUT)
+    return sharded
+
+
+def whole(model):
+    """The whole of a sharded model, on the CPU of process 0 (elsewhere, an empty one)."""
+    weights = get_model_state_dict(model, options=WHOLE)
+    with torch.device("meta"):
+        together = Transformer(model.config)
+    if RANK == 0:
+        together.load_state_dict(weights, assign=True)
+    return together
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -297,6 +341,7 @@ def train(args):
         raise BadInput(f"{work}: an interrupted run; --resume goes on with it, --overwrite starts anew")
     if args.resume and not work.exists():
         raise BadInput(f"{work}: no interrupted run to resume; leave --resume away to start one")
+    wait()                                                                     # until every process has looked, and one may write
 
     # ---- data and model
     device = pick_device(args.device)
@@ -306,83 +351,94 @@ def train(args):
     lengths = [len(ids) - 1 for ids, _ in rows]
     steps = order_of(len(rows), args.epochs, args.batch, args.seed)[:args.steps]
 
-    # ---- steering
+    # ---- what a fine-grained method must know of the memories beforehand
     steering, profile_file = args.steering, work / PROFILE
-    if METHODS[steering.method].needs:                                         # the fine-grained methods know what is in the memory
+    if METHODS[steering.method].needs and RANK == 0:
         source = args.memory_profile or (profile_file if args.resume and profile_file.is_file() else None)
         profile = load_profile(source, model, steering) if source else memory_profile(model, rows, steering, args.seed)
-        steering = steering.knowing(profile)
-    lam = torch.tensor([steering.at(layer).lam for layer in range(model.config.n_layers)], device=device)     # eq. 5, for each layer
-
-    # ---- optimizer
-    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
-    vectors = [weight for weight in model.parameters() if weight.dim() < 2]    # decaying a norm or a bias pulls it to a meaningless 0
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, fused=True)
 
     # ---- the run's folder
     settings = {key: value for key, value in vars(args).items() if key not in CONTROL}
     settings |= {"steering": steering.settings, "steps_total": len(steps), "examples": len(rows),
                  "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    start = 0
-    if args.overwrite and work.exists():
-        shutil.rmtree(work)
     if args.resume:
         before = read_run(work)
         differing = [key for key in settings if before.get(key) != json.loads(json.dumps(settings[key])) and key not in MACHINE]
         if differing:
             raise BadInput(f"{work}: was started with another {', '.join(differing)}; resume with the same flags, or --overwrite")
-        log_bytes = 0
-        if state_file.is_file():
-            try:
-                state = torch.load(state_file, map_location=device, weights_only=True)
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                start, log_bytes = state["step"], state["log_bytes"]
-            except (RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-                raise BadInput(f"{state_file}: not a state of this run ({str(error).splitlines()[0]}); --overwrite starts anew") from None
-            del state
-        if log_file.is_file():
-            os.truncate(log_file, log_bytes)                                   # forget the steps that will be done again
-    work.mkdir(parents=True, exist_ok=True)
-    write_whole(work / "args.json", json.dumps(settings, indent=2) + "\n")
+    wait()
+    if RANK == 0:
+        if args.overwrite and work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        write_whole(work / "args.json", json.dumps(settings, indent=2) + "\n")
+        if METHODS[steering.method].needs:
+            save_profile(profile_file, profile, model, steering)
+    wait()
+
+    # ---- steering
+    change = None
     if METHODS[steering.method].needs:
-        save_profile(profile_file, profile, model, steering)
+        steering = steering.knowing(load_profile(profile_file, model, steering, own=True, device=device))
+    if METHODS[steering.method].change and steering.base == "int" and not spread(args):
+        change = change_line(model, [ids[:n_prompt] for ids, n_prompt in rows[:64]], steering)
+    lam = torch.tensor([steering.at(layer).lam for layer in range(model.config.n_layers)], device=device)     # eq. 5, for each layer
+
+    # ---- model and optimizer
+    n_parameters = sum(weight.numel() for weight in model.parameters())
+    if spread(args):
+        model = shard(model, device, args.offload)
+    if args.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
+    vectors = [weight for weight in model.parameters() if weight.dim() < 2]    # decaying a norm or a bias pulls it to a meaningless 0
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=args.lr, fused=True)
+    start, log_bytes = load_state(state_file, model, optimizer, spread(args)) if args.resume and state_file.is_file() else (0, 0)
+    if log_file.is_file() and RANK == 0:
+        os.truncate(log_file, log_bytes)                                       # forget the steps that will be done again
 
     tokens, supervised = sum(lengths), sum(len(ids) - n_prompt for ids, n_prompt in rows)
-    print(f"model      {args.model}: {sum(w.numel() for w in model.parameters()):,} parameters, {model.config.n_layers} layers of {model.config.d_m:,} memories")
+    print(f"model      {args.model}: {n_parameters:,} parameters, {model.config.n_layers} layers of {model.config.d_m:,} memories")
     print(f"data       {len(rows):,} {'rows' if args.pretrain else 'examples'}, {tokens:,} tokens, {supervised:,} of them supervised{remark}")
-    print(f"steering   {steering}")
-    if METHODS[steering.method].change and steering.base == "int":
-        print(f"           {change_line(model, [ids[:n_prompt] for ids, n_prompt in rows[:64]], steering)}")
-    print(f"recipe     {len(steps):,} steps of {args.batch}, lr {args.lr:g}, {args.warmup} warm-up, seed {args.seed}, {args.precision} on {device}"
-          + (f"; note: the warm-up takes the whole run, --warmup sets it" if args.warmup >= len(steps) else ""))
+    print(f"steering   {steering}" + (f"\n           {change}" if change else ""))
+    print(f"recipe     {len(steps):,} steps of {args.batch}, lr {args.lr:g}, {args.warmup} warm-up, seed {args.seed}, {args.precision} on "
+          + (f"{WORLD} x {device.type}" if WORLD > 1 else str(device)) + (", offloaded" if args.offload else "")
+          + ("; note: the warm-up takes the whole run, --warmup sets it" if args.warmup >= len(steps) else ""))
     if start:
         print(f"resuming   after step {start}")
 
     # ---- loop
     model.train()
-    bar = tqdm(total=len(steps), initial=start, desc="training", unit="step", disable=None)
-    with bar, open(log_file, "a", encoding="utf-8") as log:
+    bar = tqdm(total=len(steps), initial=start, desc="training", unit="step", disable=BAR)
+    with bar, open(os.devnull if RANK else log_file, "a", encoding="utf-8") as log:
         for step in range(start, len(steps)):
             began = time.perf_counter()
             batches = micro_batches(steps[step], lengths, args.micro_tokens)
+            batches += [[]] * (-len(batches) % WORLD)                          # every process takes part in every pass, some with nothing to say
             n_tokens = sum(lengths[row] for row in steps[step])
             n_supervised = sum(len(rows[row][0]) - rows[row][1] for row in steps[step])
-            parts = []                                                         # of each micro-batch: its share of L_LM, of H per layer
-            for batch in batches:
+            parts = []                                                         # of each micro-batch: its share of L_LM, of the reward, of H per layer
+            for batch in batches[RANK::WORLD]:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    lm, entropy, reward = losses(model, *collate([rows[row] for row in batch]), steering, args.checkpoint)
+                    sums = losses(model, *collate([rows[row] for row in batch or steps[step][:1]]), steering, args.checkpoint, device)
+                lm, entropy, reward = sums if batch else [0 * each for each in sums]
                 lm, entropy, reg = lm / n_supervised, entropy / n_tokens, -(lam * reward).sum() / n_tokens       # eq. 5; only reg and its kind reward
-                (lm + reg).backward()
+                ((lm + reg) * WORLD).backward()                                # the processes' gradients are averaged, and here a sum is meant
                 parts.append(torch.cat([lm.detach()[None], reg.detach()[None], entropy]))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-            parts = torch.stack(parts).cpu()                                   # [micro-batches, 2 + n_layers]
-            lm, reg, entropy = parts[:, 0].sum().item(), parts[:, 1].sum().item() + 0.0, parts[:, 2:].sum(0)
+            norm = norm.full_tensor() if spread(args) else norm
+            parts = torch.stack(parts)                                         # [micro-batches, 2 + n_layers]
+            total = parts.sum(0)
+            if WORLD > 1:
+                dist.all_reduce(total)
+            total, parts = total.cpu(), parts.cpu()
+            lm, reg, entropy = total[0].item(), total[1].item() + 0.0, total[2:]
             if not math.isfinite(lm + reg + norm.item()):
-                bad = next((batch for batch, part in zip(batches, parts) if not part.isfinite().all()), batches[-1])
-                sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, reg_loss {reg:g}, gradient norm {norm:g}) in the batch of "
+                bad = next((batch for batch, part in zip(batches[RANK::WORLD], parts) if not part.isfinite().all()), batches[RANK])
+                sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, reg_loss {reg:g}, gradient norm {norm.item():g}) in the batch of "
                          f"{', '.join(names[row] for row in bad[:8])}{', ...' if len(bad) > 8 else ''}; the last saved state is kept in {work}; a lower --lr often helps")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args, len(steps))
@@ -399,18 +455,21 @@ def train(args):
             bar.update()
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 log.flush()
-                save_state(state_file, {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_bytes": log.tell()})
+                save_state(state_file, model, optimizer, step + 1, log.tell())
 
     # ---- the finished run appears as a whole
-    model.save_pretrained(work)
-    for name in tokenizer.files:
-        shutil.copyfile(Path(args.data if args.pretrain else args.model, name), work / name)
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        os.replace(out, old)                                                   # a crash from here on leaves the old run or the new one
-    os.replace(work, out)
-    shutil.rmtree(old, ignore_errors=True)
-    (out / "state.pt").unlink(missing_ok=True)
+    model = whole(model) if spread(args) else model
+    if RANK == 0:
+        model.save_pretrained(work)
+        for name in tokenizer.files:
+            shutil.copyfile(Path(args.data if args.pretrain else args.model, name), work / name)
+        old = out.with_name(out.name + ".old")
+        if out.exists():
+            os.replace(out, old)                                               # a crash from here on leaves the old run or the new one
+        os.replace(work, out)
+        shutil.rmtree(old, ignore_errors=True)
+        (out / "state.pt").unlink(missing_ok=True)
+    wait()
     print(f"saved      {out}")
 
 
@@ -423,14 +482,33 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)     # Linux counts in KiB
 
 
-def save_state(path, state):
-    """Replace the resume state at once: a crash leaves the old one or the new one, never half of one."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def save_state(path, model, optimizer, step, log_bytes):
+    """Replace the resume state at once: a crash leaves the old one or the new one, never half of one. It holds whole tensors, so that a run
+    may go on with another number of processes."""
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    if RANK == 0:
+        part = path.with_suffix(".part")
+        with open(part, "wb") as file:
+            torch.save({"step": step, "log_bytes": log_bytes, "model": weights, "optimizer": moments}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def load_state(path, model, optimizer, handed_out):
+    """Read what `save_state` wrote into model and optimizer -> (steps done, bytes of the log). Raises BadInput."""
+    state = {"model": {}, "optimizer": {}, "step": 0, "log_bytes": 0}
+    try:
+        if RANK == 0:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                       options=HANDED_OUT if handed_out else StateDictOptions(full_state_dict=True))
+        done = [state["step"], state["log_bytes"]]
+    except (RuntimeError, KeyError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{path}: not a state of this run ({str(error).splitlines()[0]}); --overwrite starts anew") from None
+    if WORLD > 1:
+        dist.broadcast_object_list(done)
+    return done
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -471,12 +549,14 @@ def plan(args):
 
 def main(argv=None):
     args = read_settings(argv)
+    join(pick_device(args.device), alone=args.offload)
     if args.pretrain:
         args.out = args.out or os.path.relpath(TOY_FOLDER / args.pretrain)
         args.steering, args.seed = args.arms[0], args.seed[0]
         train(args)
         return describe_pretraining(args)
     runs = plan(args)
+    wait()
     for run, finished in runs:
         if finished:
             print(f"{run.out} is a finished run; --overwrite trains it again")

@@ -173,8 +173,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(place, monkeypatch, meth
     whole, whole_log = run(place, f"whole-{method}-{when}", *flags)
     saves, save_state = [], train.save_state
 
-    def killed(path, state):
-        save_state(path, state)
+    def killed(path, *state):
+        save_state(path, *state)
         saves.append(path)
         if len(saves) == when:
             raise KeyboardInterrupt
