@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
+        self.exit(2, "" if RANK else f"{self.prog}: error: {message} (--help explains every flag)\n")
 
 
 def command(main):

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
@@ -34,15 +34,17 @@ from data import BadInput
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
 from data.tokenizer import Tokenizer
 from data.world import DOCUMENTS, World, documents
-from eval import (BAR, PROFILE, RANK, TOY_FOLDER, TOY_TRAINING, Parser, arm_name, change_line, command, compare, comparison_table, find_runs, finite, join, load, load_profile,
-                  memory_profile, pick_device, positive, read_run, run_folder, save_profile, score, side_by_side, split_names, wait, write_whole, WORLD)
+from eval import (BAR, PROFILE, RANK, TOY_FOLDER, TOY_TRAINING, WORLD, Parser, arm_name, change_line, command, compare, comparison_table, find_runs,
+                  finite, join, load, load_profile, memory_profile, pick_device, positive, read_run, run_folder, save_profile, score, side_by_side,
+                  split_names, wait, write_whole)
 from infosteer import BASES, METHODS, NORMALISATIONS, RANKINGS, Steering, meaningful, parse_layers
 from model import Config, Transformer
 
 try:
+    import fcntl
     import resource
-except ImportError:                    # not on Windows: there the log has no peak memory on a CPU
-    resource = None
+except ImportError:                    # not on Windows: there the log has no peak memory on a CPU, and nothing stops two from resuming one run
+    fcntl = resource = None
 
 # Three recipes. Every value is a flag; a flag that is not given has the value of the recipe.
 PAPER = {"epochs": 1, "steps": None, "batch": 64, "max_length": 256, "lr": 5e-5, "warmup": 100, "weight_decay": 0.01, "clip": 1.0,
@@ -368,10 +370,16 @@ def train(args):
         if differing:
             raise BadInput(f"{work}: was started with another {', '.join(differing)}; resume with the same flags, or --overwrite")
     wait()
+    log = open(os.devnull, "a")
     if RANK == 0:
         if args.overwrite and work.exists():
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
+        log = open(log_file, "a", encoding="utf-8")
+        try:
+            fcntl and fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until the file is closed, or the process gone
+        except BlockingIOError:
+            raise BadInput(f"{work}: another process is training this run") from None
         write_whole(work / "args.json", json.dumps(settings, indent=2) + "\n")
         if METHODS[steering.method].needs:
             save_profile(profile_file, profile, model, steering)
@@ -397,8 +405,8 @@ def train(args):
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=args.lr, fused=True)
     start, log_bytes = load_state(state_file, model, optimizer, spread(args)) if args.resume and state_file.is_file() else (0, 0)
-    if log_file.is_file() and RANK == 0:
-        os.truncate(log_file, log_bytes)                                       # forget the steps that will be done again
+    if RANK == 0:
+        log.truncate(log_bytes)                                                # forget the steps that will be done again
 
     tokens, supervised = sum(lengths), sum(len(ids) - n_prompt for ids, n_prompt in rows)
     print(f"model      {args.model}: {n_parameters:,} parameters, {model.config.n_layers} layers of {model.config.d_m:,} memories")
@@ -413,7 +421,7 @@ def train(args):
     # ---- loop
     model.train()
     bar = tqdm(total=len(steps), initial=start, desc="training", unit="step", disable=BAR)
-    with bar, open(os.devnull if RANK else log_file, "a", encoding="utf-8") as log:
+    with bar, log:
         for step in range(start, len(steps)):
             began = time.perf_counter()
             batches = micro_batches(steps[step], lengths, args.micro_tokens)
@@ -501,8 +509,9 @@ def load_state(path, model, optimizer, handed_out):
     try:
         if RANK == 0:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                       options=HANDED_OUT if handed_out else StateDictOptions(full_state_dict=True))
+        options = HANDED_OUT if handed_out else StateDictOptions(full_state_dict=True)
+        set_model_state_dict(model, state["model"], options=options)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
         done = [state["step"], state["log_bytes"]]
     except (RuntimeError, KeyError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a state of this run ({str(error).splitlines()[0]}); --overwrite starts anew") from None
