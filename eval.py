@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1321,7 +1322,8 @@ def flux_subject(result):
 
 def flux_text(result, colour=False):
     """The result of `analyse_flux` for a terminal: heat maps of the first items, one line per model, and the tables."""
-    settings, models, lines = result["settings"], result["models"], [FLUX_NOTE, ""]
+    settings, models = result["settings"], result["models"]
+    lines = [textwrap.fill(FLUX_NOTE, 140), ""]
     width = max(len(title) for title in ("prompt", *(model["title"] for model in models))) + 2
     marks = "three backgrounds, light is low" if colour else "low is plain, [middle], [[high]]"
     shown = min(SHOWN, settings["items"])
@@ -1334,7 +1336,7 @@ def flux_text(result, colour=False):
             line = page.heat_terminal([token["text"].replace("\n", "↵") for token in tokens], [token["level"] for token in tokens], colour)
             lines.append(f"{page.visible(model['title']):<{width}}{line.lstrip(' ') or '(nothing)'}")
     for _, note, header, rows in flux_tables(result):
-        lines += ["", note, page.columns(header, rows)]
+        lines += ["", textwrap.fill(note, 140), page.columns(header, rows)]
     return "\n".join(lines)
 
 

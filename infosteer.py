@@ -232,7 +232,8 @@ class _KeyEntropy(torch.autograd.Function):
 def _pieces(k, *others):
     """k [..., d_m] and tensors that go with it, as matching lists of pieces of some tokens each. On a CPU a piece and its
     temporaries stay in the cache, which is three times as fast as streaming all of k through memory five times; a GPU takes all at once."""
-    tokens = max(1, 2**18 // k.shape[-1] if k.device.type == "cpu" else k[..., 0].numel())
+    in_cache = k.device.type == "cpu" and not torch.compiler.is_compiling()              # a compiler fuses all of it by itself
+    tokens = max(1, 2**18 // k.shape[-1] if in_cache else k[..., 0].numel())
     return [t.reshape(-1, *t.shape[k.dim() - 1:]).split(tokens) for t in (k, *others)]
 
 

@@ -430,7 +430,7 @@ def train(args):
             n_supervised = sum(len(rows[row][0]) - rows[row][1] for row in steps[step])
             parts = []                                                         # of each micro-batch: its share of L_LM, of the reward, of H per layer
             for batch in batches[RANK::WORLD]:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False):
                     sums = losses(model, *collate([rows[row] for row in batch or steps[step][:1]]), steering, args.checkpoint, device)
                 lm, entropy, reward = sums if batch else [0 * each for each in sums]
                 lm, entropy, reg = lm / n_supervised, entropy / n_tokens, -(lam * reward).sum() / n_tokens       # eq. 5; only reg and its kind reward
