@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import BadInput, page, read_json
@@ -34,7 +33,7 @@ from data.tokenizer import Tokenizer
 from data.words import CLASSES, TITLES, token_classes
 from infosteer import (METHODS, RANKINGS, Steering, agreement, clustered_mean, divergence, entropy, format_layers, grouped_correlation, keep_largest,
                        specificity, spherical_kmeans, split_groups, surrogates, terciles, token_log_probability)
-from model import Config, Transformer
+from model import Config, Transformer, save_tensors
 
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"        # the toy world's tasks and models, which ship with the project
 TOY_TRAINING = ",".join(name for name, task in TOY.items() if "train" in task.splits)
@@ -549,10 +548,9 @@ def fingerprint(model):
 
 
 def save_profile(path, profile, model, steering):
-    part = Path(f"{path}.part")
-    save_file({**{name: tensor.cpu().contiguous() for name, tensor in profile.items()}, "fingerprint": fingerprint(model)}, part,
-              {name: json.dumps(steering.settings.get(name)) for name in ("method", "groups", "subgroups", "buckets")})
-    os.replace(part, path)
+    """Write a memory profile beside the run that it was made for."""
+    save_tensors({**profile, "fingerprint": fingerprint(model)}, path,
+                 {name: json.dumps(steering.settings.get(name)) for name in ("method", "groups", "subgroups", "buckets")})
 
 
 def load_profile(path, model, steering, own=False, device=None):
@@ -806,16 +804,8 @@ def weights_sha256(model):
     return sha.hexdigest()
 
 
-def keep(path, tensors, made):
-    """Write tensors and what they were made from ({name: text})."""
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, made)
-    os.replace(part, path)
-
-
 def kept(path, made, shapes, overwrite):
-    """Read what `keep` wrote: its tensors, or None where there is no file, where it was made from something else, or with overwrite.
+    """Read what `save_tensors` wrote: its tensors, or None where there is no file, where it was made from something else, or with overwrite.
 
     shapes: {name: (dtype, shape)}, None for a size that may be anything. Raises BadInput for a file that is damaged or is not of this kind.
     """
@@ -867,7 +857,8 @@ def memory_index(model, path, overwrite=False):
                 said.append((entropy(log_p), log_z, ids.to(torch.int32), top))
                 bar.update(len(log_p))
             index = {name: torch.cat([index[name], torch.cat(pieces).cpu()[None]]) for name, pieces in zip(shapes, zip(*said))}
-            keep(path, index, made)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(index, path, made)
     return index
 
 
@@ -901,7 +892,8 @@ def memory_triggers(model, texts, path, overwrite=False):
                 bar.update(layer == L - 1)
             watch(model, [ids[:-1] for ids in texts[start:start + WATCHED]], see)
             state["texts"][0] = min(start + WATCHED, len(texts))
-            keep(path, state, made)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(state, path, made)
     return {name: tensor.cpu() for name, tensor in state.items()}
 
 

@@ -439,12 +439,11 @@ class Transformer(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         dtype = str(self.embed.weight.dtype).removeprefix("torch.")
         config = {**self.config.raw, "dtype" if "dtype" in self.config.raw else "torch_dtype": dtype}
-        weights = {theirs: weight.detach().contiguous() for _, theirs, weight in self._named()}
-        for name, write in (("model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})),
-                            ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))):
-            part = folder / (name + ".part")
-            write(part)
-            os.replace(part, folder / name)
+        weights = {theirs: weight.detach() for _, theirs, weight in self._named()}
+        save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+        part = folder / "config.json.part"
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, folder / "config.json")
 
     def _named(self):
         """(our name, checkpoint name, parameter) for every parameter."""
@@ -586,6 +585,16 @@ GEMMA_NAMES = {
     "model.layers.{}.pre_feedforward_layernorm": "blocks.{}.memory_norm",
     "model.layers.{}.post_feedforward_layernorm": "blocks.{}.after_memory",
 }
+
+
+def save_tensors(tensors, path, about):
+    """Write a safetensors file so that it is there completely or not at all; about: {name: text}. Raises OSError where there is no room."""
+    part = Path(f"{path}.part")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, about)
+    except SafetensorError as error:
+        raise OSError(f"{part}: cannot write it ({error}); is the disk full?") from None
+    os.replace(part, path)
 
 
 def _open(folder):

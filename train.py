@@ -496,10 +496,13 @@ def save_state(path, model, optimizer, step, log_bytes):
     weights, moments = get_state_dict(model, optimizer, options=WHOLE)
     if RANK == 0:
         part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            torch.save({"step": step, "log_bytes": log_bytes, "model": weights, "optimizer": moments}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(part, "wb") as file:
+                torch.save({"step": step, "log_bytes": log_bytes, "model": weights, "optimizer": moments}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:                                          # which torch.save makes of an OSError
+            raise OSError(f"{part}: cannot write it ({str(error).splitlines()[0]}); is the disk full? The state saved before is kept") from None
         os.replace(part, path)
 
 

@@ -68,7 +68,7 @@ def main():
             held = 16 * every if not offload else 8 * rest + (3 * 4 + 2) * block       # on the GPU: embedding and head with gradients; two blocks, gradients of one
             working = 18 * block if checkpoint else 0                          # a block that is computed again, about what its weights take
             peaks[flags] = held + saved + working + 8 * int(SHARE * tokens) * of.vocab_size
-        cells = [next((f"`{flags}`" if flags else "yes" for flags, peak in peaks.items() if 1.1 * peak < card * 1e9), "no") for card in CARDS]
+        cells = [next((flags or "yes" for flags, peak in peaks.items() if 1.1 * peak < card * 1e9), "no") for card in CARDS]
         cells = [cell.replace("--micro-tokens 1024 --checkpoint --offload", "offload").replace("--micro-tokens 1024 --checkpoint", "checkpoint").replace(
             "--micro-tokens 1024", "micro") for cell in cells]
         print(f"| {name} | {every / 1e9:.2f} B | {16 * every / 1e9:.1f} GB | " + " | ".join(f"{saved / 1e9:.1f} GB" for saved in kept) + " | " + " | ".join(cells) + " |")
