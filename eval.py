@@ -263,7 +263,7 @@ def as_steering(settings, where="args.json"):
     """The Steering that a run's args.json describes. Raises BadInput, naming the file, for what describes none."""
     try:
         layers = settings.get("layers")
-        steering = Steering(**{"method": None, **settings, "layers": layers and {int(layer): here for layer, here in layers.items()}})
+        steering = Steering(**{"method": None, **settings, "layers": None if layers is None else {int(layer): here for layer, here in layers.items()}})
         for layer in steering.layers or ():
             steering.at(layer - 1)                                             # its own strengths are checked there
         if not settings.items() <= json.loads(json.dumps(steering.settings)).items():

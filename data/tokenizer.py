@@ -102,7 +102,7 @@ class Tokenizer:
         tables = {(special, late): {} for special in (True, False) for late in (True, False)}     # late: after the normalizer
         for token in spec.get("added_tokens") or []:
             text, id, late = token["content"], token["id"], flag(token, "normalized")
-            check(text, "an added token is empty")
+            check(text and all(text not in table for table in tables.values()), f"added token {text!r} is empty, or listed twice")
             expected = vocab.get(text, max(len(vocab), largest + 1))
             check(type(id) is int and id == expected, f"added token {text!r} has id {id!r}; expected {expected}, the next one free")
             check(self._names.get(id, text) == text, f"added token {text!r} has the id of {self._names.get(id)!r}")
@@ -306,7 +306,7 @@ def splitting(spec):
         check(len(cuts) == 2 and cuts[0]["type"] == "Split" and not prefix and not by_gpt2, unsupported)
         check(cuts[0]["behavior"] == "Isolated" and not flag(cuts[0], "invert"), unsupported)
         (kind, words), = cuts[0]["pattern"].items()
-        check(kind in ("Regex", "String"), unsupported)
+        check(kind in ("Regex", "String") and words, unsupported)
         words = words if kind == "Regex" else re.escape(words)
     return words, prefix, nfc if normalizers else str
 

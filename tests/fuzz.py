@@ -21,6 +21,7 @@ the files and 32 MiB (what allocators keep back; a normal load here takes less t
 folder. Each mutant runs in a forked process that is replaced when it dies or hangs, so one mutant is blamed and the others go on.
 """
 import base64
+import faulthandler
 import gc
 import json
 import math
@@ -588,8 +589,8 @@ def check_config(good, files, folder):
     if "eos_ids" in moved:
         moved.remove("eos_ids")                                                # also said by generation_config.json; checked whole, below
     expect(not moved, f"{moved} changed with {sorted(changed)}")
-    expect(config.eos_ids == tuple(dict.fromkeys(ends)), f"eos ids {config.eos_ids}, in the files {ends}")
-    expect(all(type(id) is int and id >= 0 for id in ends), f"eos ids {ends}")
+    expect(list(dict.fromkeys(config.eos_ids)) == list(dict.fromkeys(ends)), f"eos ids {config.eos_ids}, in the files {ends}")
+    expect(all(type(id) is int and id >= 0 for id in ends), f"eos ids {ends!r:.60}")
     for name, key in COPIES.items():
         value = read.get(key)
         if value is not None:
@@ -930,13 +931,15 @@ def listing(place):
     return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.relative_to(place).parts[0] != "out")
 
 
-def run_one(check, good, files, place, watch, printed):
-    """Run one mutant in this process -> (outcome, why)."""
-    folder, out = place / "case", place / "out"
-    for old in (folder, out):
-        shutil.rmtree(old, ignore_errors=True)
-    folder.mkdir()
-    write(folder, files)
+def run_one(check, good, files, there, place, watch, printed):
+    """Run one mutant in this process -> (outcome, why, memory). there: the files that the last one left, of which few differ."""
+    folder = place / "case"
+    shutil.rmtree(place / "out", ignore_errors=True)
+    for name in there.keys() - files.keys():
+        (folder / name).unlink()
+    write(folder, {name: data for name, data in files.items() if there.get(name) is not data})
+    there.clear()
+    there.update(files)
     before = listing(place)
     PEAK.clear()
     forget_peak()
@@ -963,6 +966,8 @@ def run_one(check, good, files, place, watch, printed):
         outcome, why = "failed", f"took {grew >> 20} MiB, {allowed >> 20} are allowed"
     if outcome != "failed" and (watch.seen or listing(place) != before):
         outcome, why = "failed", f"wrote outside the output folder: {watch.seen[:3] or listing(place)[:8]}"
+        shutil.rmtree(folder)
+        there.clear()
     if outcome != "failed" and os.fstat(printed).st_size:
         outcome, why = "failed", f"printed {os.pread(printed, 200, 0)!r}"
     os.ftruncate(printed, 0)
@@ -980,16 +985,20 @@ def child(pipe, kind, check, seed, numbers, goods, place):
         sys.stdout = open(1, "w", closefd=False)
         sys.stderr = open(2, "w", closefd=False)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()
         virtual = memory("VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (virtual + (3 << 30),) * 2 if virtual else (resource.RLIM_INFINITY,) * 2)
         torch.set_num_threads(1)
         gc.freeze()
         watch = Watch(place / "out")
+        shutil.rmtree(place / "case", ignore_errors=True)
+        (place / "case").mkdir()
+        there = {}
         for number in numbers:
             good, name, files = mutant(kind, seed, number, goods)
             os.write(pipe, json.dumps({"start": number}).encode() + b"\n")
             start = time.monotonic()
-            outcome, why, grew = run_one(check, good, files, place, watch, printed)
+            outcome, why, grew = run_one(check, good, files, there, place, watch, printed)
             os.write(pipe, json.dumps({"number": number, "from": good.name, "file": name, "outcome": outcome, "why": why, "seconds": time.monotonic() - start, "grew": grew}).encode() + b"\n")
             gc.collect(0)
     except BaseException:
@@ -997,7 +1006,7 @@ def child(pipe, kind, check, seed, numbers, goods, place):
     os._exit(0)
 
 
-def run(kind, seed, numbers, check=None, goods=None, done=lambda result: None, seconds=SECONDS, place=None):
+def run(kind, seed, numbers, check=None, goods=None, done=lambda result: None, seconds=SECONDS):
     """Run mutants of a kind in forked processes -> a result for each: number, from, file, outcome, why, seconds, grew.
 
     check, goods    other than the kind's own: for testing this file
