@@ -20,6 +20,7 @@ Everything else is a failure: another exception, a print (a library's panic), a 
 the files and 32 MiB (what allocators keep back; a normal load here takes less than half of that), any file written outside the output
 folder. Each mutant runs in a forked process that is replaced when it dies or hangs, so one mutant is blamed and the others go on.
 """
+import argparse
 import base64
 import faulthandler
 import gc
@@ -274,6 +275,7 @@ def break_json(dice, document, name):
     """One to three faults in a JSON document."""
     raw, others = Raw(), strings(document, [])
     for _ in range(dice.choice([1, 1, 1, 2, 3])):
+        document = json.loads(json.dumps(document))                            # no part of it stands in two places
         if not document or not isinstance(document, (dict, list)):
             break
         box, key = spot(dice, document)
@@ -1076,7 +1078,7 @@ def keep(folder, kind, seed, result, goods):
 
 
 def main():
-    parser = Parser(prog="fuzz.py", description=__doc__, formatter_class=__import__("argparse").RawDescriptionHelpFormatter, epilog="""
+    parser = Parser(prog="fuzz.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""
 Exit status: 0 if every mutant was accepted with its meaning or refused in one line, 1 if one was not. Mutant n of a seed is always the same.""")
     parser.add_argument("--mutants", type=evaluation.positive, default=10_000, metavar="N", help="how many, over all kinds (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other mutants (default: 0)")
