@@ -86,7 +86,7 @@ class Tokenizer:
             check(not spec.get(key) and not model.get(key), f"{key} is not supported; expected null")
         check(all(type(id) is int and id >= 0 for id in vocab.values()), "an id of the vocabulary is not a whole number")
         check(len({*vocab.values()}) == len(vocab), "two tokens of the vocabulary have the same id")
-        check(max(map(len, vocab)) <= LONGEST_TOKEN, f"a token of the vocabulary has more than {LONGEST_TOKEN:,} characters")
+        check(max(map(len, vocab), default=0) <= LONGEST_TOKEN, f"a token of the vocabulary has more than {LONGEST_TOKEN:,} characters")
         words, prefix, self._normalize = splitting(spec)
         check(not words or ALPHABET <= vocab.keys(), "byte-level, but the vocabulary does not hold all 256 bytes")
         pairs = {}                                                # (left, right) -> place in the list

@@ -62,7 +62,8 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 LONGEST_MESSAGE = 600                  # seven lines of a terminal: a path, a value, what to do. More is a dump, not a message
 SECONDS = 5
 MEMORY_FACTOR, MEMORY_CONSTANT = 4, 32 << 20
-TEXTS = ["", "Hello world", " The  final answer is: 72.5\n\n", "naïve café, Straße", "e\u0301 ﬁ 記憶は鍵です ☕", "<|endoftext|><bos><0x41> [x]", "don't 12345 DON'T\t\tend   ",
+TEXTS = ["", "Hello world", " The  final answer is: 72.5\n\n", "naïve café, Straße", "e\u0301 ﬁ 記憶は鍵です ☕", "<|endoftext|><bos><0x41> [x]",
+         "don't 12345 DON'T\t\tend   ",
          "a" * 40, "the the the" + " " * 30 + "x", "👩‍👩‍👧\n\n\n\n"]
 
 
@@ -132,11 +133,13 @@ def good_tokenizers():
         specs[name] = json.loads(files["tokenizer.json"])
         yield Good(name, files, ["tokenizer.json"] * 6 + ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
     vocab = specs["llama"]["model"]["vocab"]
-    lines = [base64.b64encode(bytes(map(CHAR_TO_BYTE.get, token))) + b" %d\n" % rank for token, rank in sorted(vocab.items(), key=lambda item: item[1])]
+    lines = [base64.b64encode(bytes(map(CHAR_TO_BYTE.get, token))) + b" %d\n" % rank for token, rank in sorted(vocab.items(),
+            key=lambda item: item[1])]
     yield Good("tokenizer.model", {"tokenizer.model": b"".join(lines)}, ["tokenizer.model"])
     spec = specs["qwen"]
     decoder = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in spec["added_tokens"]}
-    files = {"vocab.json": json.dumps(spec["model"]["vocab"]).encode(), "merges.txt": "\n".join(["#version: 0.2", *spec["model"]["merges"], ""]).encode(),
+    files = {"vocab.json": json.dumps(spec["model"]["vocab"]).encode(),
+             "merges.txt": "\n".join(["#version: 0.2", *spec["model"]["merges"], ""]).encode(),
              "tokenizer_config.json": json.dumps({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder}).encode()}
     yield Good("vocab.json and merges.txt", files, list(files))
     yield Good("toy", read(ROOT / "data" / "toy", "tokenizer.json"), ["tokenizer.json"])
@@ -151,11 +154,13 @@ def good_tasks():
         rows = [{"instruction": f"Is {n} even, and why not?{labels}", "input": "" if n % 2 else "Think: naïve ☕", "output": f"It is.\n#### {n}",
                  "answer": task.answers[n % len(task.answers)] if task.answers else [n, f"-{n}.5", 1.5e20][n % 3]} for n in range(3)]
         for split in task.splits:
-            yield Good(f"{task.name} {split}", {f"{task.name}/{split}.json": json.dumps(rows, ensure_ascii=False).encode()}, [f"{task.name}/{split}.json"], {"task": task, "split": split})
+            yield Good(f"{task.name} {split}", {f"{task.name}/{split}.json": json.dumps(rows, ensure_ascii=False).encode()},
+                       [f"{task.name}/{split}.json"], {"task": task, "split": split})
     for task in tasks.TOY.values():
         for split in task.splits:
             rows = json.loads((ROOT / "data" / "toy" / task.name / f"{split}.json").read_bytes())[:6]
-            yield Good(f"{task.name} {split}", {f"{task.name}/{split}.json": json.dumps(rows, indent=1).encode()}, [f"{task.name}/{split}.json"], {"task": task, "split": split})
+            yield Good(f"{task.name} {split}", {f"{task.name}/{split}.json": json.dumps(rows, indent=1).encode()}, [f"{task.name}/{split}.json"],
+                       {"task": task, "split": split})
 
 
 def good_profiles():
@@ -177,14 +182,17 @@ def good_profiles():
 
 def good_runs():
     """A folder of runs as train.py and eval.py leave it: args.json, and a score for each task."""
-    arms = {"base": None, "none-seed0": Steering(), "none-seed1": Steering(), "int-seed0": Steering("int"), "int-seed1": Steering("int", p=0.01, layers={1: {}, 2: {"alpha": 2.0}})}
+    arms = {"base": None, "none-seed0": Steering(), "none-seed1": Steering(), "int-seed0": Steering("int"), "int-seed1": Steering("int", p=0.01,
+            layers={1: {}, 2: {"alpha": 2.0}})}
     files = {}
     for at, (arm, steering) in enumerate(arms.items()):
         settings = {"model": "toy/llama", "base": True} if steering is None else {
-            "model": "toy/llama", "task": "toy-facts,toy-sums", "seed": int(arm[-1]), "lr": 2e-4, "steering": steering.settings, "versions": {"torch": "2"}}
+            "model": "toy/llama", "task": "toy-facts,toy-sums", "seed": int(arm[-1]), "lr": 2e-4, "steering": steering.settings,
+            "versions": {"torch": "2"}}
         files[f"{arm}/args.json"] = json.dumps(settings, indent=2).encode()
         for task in ("toy-facts", "toy-sums", "boolq"):
-            files[f"{arm}/eval/{task}.json"] = json.dumps({"task": task, "n": 4, "accuracy": at / 8, "standard_error": 0.1, "strict_accuracy": at / 8, "unparsed": 0}).encode()
+            files[f"{arm}/eval/{task}.json"] = json.dumps({"task": task, "n": 4, "accuracy": at / 8, "standard_error": 0.1,
+                                                           "strict_accuracy": at / 8, "unparsed": 0}).encode()
     yield Good("five runs", files, list(files))
 
 
@@ -192,12 +200,16 @@ def good_runs():
 
 LONG = [300, 2000, 20_000, 1_000_000]
 DEEP = [60, 300, *range(900, 1000, 7), 100_000]
-VALUES = [None, True, False, 0, 1, -1, 2, 3, 0.5, -0.0, 1e308, 5e-324, 2**31, 2**32, 2**53 + 1, 2**63, 2**64, 10**30, -10**30, 10**400, 10**4200, math.nan, math.inf, -math.inf,
-          "", " ", "0", "1", "true", "false", "null", "\0", "\n", "a\nb\x1b[31mred", "\ud800", "x\udc00", "\U0001f600", "e\u0301", "\u202egnp", "../x", "/etc/passwd", "..\\x", ".", "..",
+VALUES = [None, True, False, 0, 1, -1, 2, 3, 0.5, -0.0, 1e308, 5e-324, 2**31, 2**32, 2**53 + 1, 2**63, 2**64, 10**30, -10**30, 10**400, 10**4200,
+          math.nan, math.inf, -math.inf,
+          "", " ", "0", "1", "true", "false", "null", "\0", "\n", "a\nb\x1b[31mred", "\ud800", "x\udc00", "\U0001f600", "e\u0301", "\u202egnp",
+          "../x", "/etc/passwd", "..\\x", ".", "..",
           [], {}, [[]], [None], {"": None}, [1, 2], {"type": "x"}]
-NAMES = ["../model-00001-of-00002.safetensors", "../../x", "/etc/passwd", "a/b", "..\\model-00001-of-00002.safetensors", "model.safetensors\0", "\n", "", ".", "..", "\ud800", "x" * 5000,
+NAMES = ["../model-00001-of-00002.safetensors", "../../x", "/etc/passwd", "a/b", "..\\model-00001-of-00002.safetensors", "model.safetensors\0",
+         "\n", "", ".", "..", "\ud800", "x" * 5000,
          "./model-00001-of-00002.safetensors", "model-00001-of-00002.safetensors/", "model.safetensors.index.json", "config.json"]
-BOMBS = [r"(a|aa)+(?=c)", r"(?:(?=a)a|a)+b", r"(\w+\s?)*(?!\S)x", r"(?:(?:(?:a{50}){50}){50}){50}", "(" * 3000 + "a" + ")" * 3000, r"(?=a)", "", "a*", r"(?<=a)", r"(a)\1*", "(", "[", r"\p{Foo}",
+BOMBS = [r"(a|aa)+(?=c)", r"(?:(?=a)a|a)+b", r"(\w+\s?)*(?!\S)x", r"(?:(?:(?:a{50}){50}){50}){50}", "(" * 3000 + "a" + ")" * 3000, r"(?=a)", "",
+         "a*", r"(?<=a)", r"(a)\1*", "(", "[", r"\p{Foo}",
          r"(?i)", "(?x) a # b", "a)|(b", r"\w{1000}{1000}", r"(?:a?){40}a{40}(?!b)c", "|", "(?:)", r"\G", "$", "^", r"\b", "a|", r"(?!)", r"(?>a*)ab"]
 
 
@@ -240,12 +252,15 @@ def near(dice, value, raw, others):
         return dice.choice([value + 1, value - 1, -value, value * 2, value * 1000, value / 2, float(value), str(value), [value], 0])
     if isinstance(value, str) and value:
         at = dice.randrange(len(value))
-        return dice.choice([value + "x", value[:at] + value[at + 1:], value[:at] + dice.choice("\0\n é\ud800/.|") + value[at:], value * 2, value[::-1], value.swapcase(), [value],
-                            {"content": value}, value + " " * dice.choice(LONG) + dice.choice(["", "\nx", "x"]), dice.choice(others) if others else ""])
+        return dice.choice([value + "x", value[:at] + value[at + 1:], value[:at] + dice.choice("\0\n é\ud800/.|") + value[at:], value * 2,
+                            value[::-1], value.swapcase(), [value],
+                            {"content": value}, value + " " * dice.choice(LONG) + dice.choice(["", "\nx", "x"]),
+                            dice.choice(others) if others else ""])
     if isinstance(value, list):
         same = value.copy()
         dice.shuffle(same)
-        return dice.choice([same, value[:-1], value + value[-1:], value * 2, value[::-1], [], [value], {str(n): item for n, item in enumerate(value)}, None])
+        return dice.choice([same, value[:-1], value + value[-1:], value * 2, value[::-1], [], [value], {str(n): item
+                for n, item in enumerate(value)}, None])
     if isinstance(value, dict):
         keys = list(value)
         dice.shuffle(keys)
@@ -322,7 +337,8 @@ def has_loop(value):
     return False
 
 
-TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "?", "BF16": "<u2"}
+TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4",
+         "U64": "<u8", "BOOL": "?", "BF16": "<u2"}
 NUMBERS = [0, 1, -1, 2**31, 2**32, 2**62, 2**63, 2**64, 2**64 - 8, 10**30, 1.0, 0.5, None, "1", True, [], math.nan]
 
 
@@ -344,23 +360,28 @@ def break_safetensors(dice, file):
     entry = header[name]
     what = dice.randrange(20)
     if what == 0:
-        entry["shape"] = dice.choice([entry["shape"] * 2, entry["shape"][::-1], [], [math.prod(entry["shape"])], [-1], [2**32, 2**32], [2**63, 2], [0], [1, *entry["shape"]], None, [dice.choice(NUMBERS)]])
+        entry["shape"] = dice.choice([entry["shape"] * 2, entry["shape"][::-1], [], [math.prod(entry["shape"])], [-1], [2**32, 2**32], [2**63, 2],
+                                      [0], [1, *entry["shape"]], None, [dice.choice(NUMBERS)]])
     elif what == 1:
         entry["dtype"] = dice.choice([*TYPES, "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "F128", "f32", "", None, 1])
     elif what == 2:
         entry["data_offsets"][dice.randrange(2)] = dice.choice([*NUMBERS, len(data), len(data) + 4, entry["data_offsets"][0] + 4])
     elif what == 3:
-        entry["data_offsets"] = dice.choice([entry["data_offsets"][::-1], header[other]["data_offsets"], [], [0], [0, 0], [0, len(data)], [0, 4, 8], None])
+        entry["data_offsets"] = dice.choice([entry["data_offsets"][::-1], header[other]["data_offsets"], [], [0], [0, 0], [0, len(data)], [0, 4, 8],
+                                             None])
     elif what == 4:
-        header[dice.choice(["x" * 5000, "\n", "\0", "\x1b[31m", "../x", "", name + "x", "\ud800", "lm_head.weight", "model.layers.99.mlp.up_proj.weight", "__metadata__"])] = header.pop(name)
+        header[dice.choice(["x" * 5000, "\n", "\0", "\x1b[31m", "../x", "", name + "x", "\ud800", "lm_head.weight",
+                            "model.layers.99.mlp.up_proj.weight", "__metadata__"])] = header.pop(name)
     elif what == 5:
         del header[name]
     elif what == 6:
         del entry[dice.choice(list(entry))]
     elif what == 7:
-        header["__metadata__"] = dice.choice([{}, None, [], {"a": 1}, {"a": None}, {"format": "tf"}, {"a": "b" * 100_000}, {"\n": "\0"}, {"a": {"b": "c"}}, "pt"])
+        header["__metadata__"] = dice.choice([{}, None, [], {"a": 1}, {"a": None}, {"format": "tf"}, {"a": "b" * 100_000}, {"\n": "\0"},
+                                              {"a": {"b": "c"}}, "pt"])
     elif what == 8:
-        return join_safetensors(header, data, dice.choice([0, 1, 8, 2**31, 2**32, 2**63, 2**64 - 1, 10**8 + 1, len(file), len(json.dumps(header)) - 1, len(json.dumps(header)) + 1]))
+        return join_safetensors(header, data, dice.choice([0, 1, 8, 2**31, 2**32, 2**63, 2**64 - 1, 10**8 + 1, len(file),
+                                                           len(json.dumps(header)) - 1, len(json.dumps(header)) + 1]))
     elif what == 9:
         data += dice.choice([b"\0", b"\0" * 8, b"x" * 4096])
     elif what == 10:
@@ -383,10 +404,12 @@ def break_safetensors(dice, file):
         data = data[:start] + bytes(dice.choices([0, 0x7F, 0xFF, 0x80, 1], k=end - start)) + data[end:]
     elif what == 15:                                                           # one more tensor
         size = dice.choice([0, 4, 64])
-        header[dice.choice(["lm_head.weight", "extra", "model.norm.bias"])] = {"dtype": dice.choice(["F32", "I32", "F8_E4M3", "F4"]), "shape": [size // 4], "data_offsets": [len(data), len(data) + size]}
+        header[dice.choice(["lm_head.weight", "extra", "model.norm.bias"])] = {"dtype": dice.choice(["F32", "I32", "F8_E4M3", "F4"]),
+                                                                               "shape": [size // 4], "data_offsets": [len(data), len(data) + size]}
         data += b"\0" * size
     elif what == 16:                                                           # a tensor that needs no bytes
-        header[dice.choice(names + ["empty"])] = {"dtype": "F32", "shape": dice.choice([[0], [0, 2**40], [2**40, 0]]), "data_offsets": [len(data)] * 2}
+        header[dice.choice(names + ["empty"])] = {"dtype": "F32", "shape": dice.choice([[0], [0, 2**40], [2**40, 0]]),
+                                                  "data_offsets": [len(data)] * 2}
     elif what == 17:                                                           # the same number of bytes, read otherwise
         if entry["dtype"] == "F32":
             entry["dtype"] = dice.choice(["I32", "U32", "F32"])
@@ -421,7 +444,8 @@ def break_lines(dice, file):
         elif what == 3:
             lines[at] += dice.choice([b" ", b"\r", b"\t", b" x", b" 1", b"\0", b"=", b"\xff"])
         elif what == 4:
-            lines[at] = dice.choice([b"", b" ", b"#version: 0.2", b"a b", b"IQ== -1", b"IQ== 99999999999999999999", b"IQ== 1e3", b"!!!! 5", b"a" * 5000 + b" b", b"\xff\xfe", b"IQ==  0", b" IQ== 0"])
+            lines[at] = dice.choice([b"", b" ", b"#version: 0.2", b"a b", b"IQ== -1", b"IQ== 99999999999999999999", b"IQ== 1e3", b"!!!! 5",
+                                     b"a" * 5000 + b" b", b"\xff\xfe", b"IQ==  0", b" IQ== 0"])
         elif what == 5:
             lines[at] = lines[at].replace(b" ", dice.choice([b"", b"  ", b"\t", b"\xc2\xa0"]))
         elif what == 6:
@@ -450,11 +474,13 @@ def break_bytes(dice, file, good):
         elif what == 5:
             file = file[:i] + file[i + dice.choice([1, 2, 8, 100]):]
         elif what == 6:
-            file = file[:i] + dice.choice([b"\0", b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\n", b'"', b"\\", b"e9", b"-", dice.randbytes(16)]) + file[i:]
+            file = file[:i] + dice.choice([b"\0", b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\n", b'"', b"\\", b"e9", b"-",
+                                           dice.randbytes(16)]) + file[i:]
         elif what == 7:
             file = file[:i] + file[at():][:200] + file[i:]
         elif what == 8:
-            file = dice.choice([b"\xef\xbb\xbf" + file, b"\xff\xfe" + file, b"\xef\xbb\xbf" * 2 + file, file.replace(b"\n", b"\r\n"), file + b"\0", file + b"\n}", file.decode("latin-1").encode("utf-16")])
+            file = dice.choice([b"\xef\xbb\xbf" + file, b"\xff\xfe" + file, b"\xef\xbb\xbf" * 2 + file, file.replace(b"\n", b"\r\n"), file + b"\0",
+                                file + b"\n}", file.decode("latin-1").encode("utf-16")])
         elif what == 9:
             other = dice.choice(list(good.files.values()))
             file = file[:i] + other[dice.randrange(len(other)):]               # two files spliced
@@ -500,7 +526,8 @@ def read_tensors(file):
     """{name: array} of a safetensors file, from the format's definition: header length, header, data without gaps or overlaps."""
     header, data = split_safetensors(file)
     header.pop("__metadata__", None)
-    header = {name: dict(zip(("dtype", "shape", "data_offsets"), entry)) if isinstance(entry, list) else entry for name, entry in header.items()}    # the library reads both
+    header = {name: dict(zip(("dtype", "shape", "data_offsets"), entry)) if isinstance(entry, list) else entry
+              for name, entry in header.items()}    # the library reads both
     end = 0
     for start, stop in sorted(entry["data_offsets"] for entry in header.values()):
         expect(start == end <= stop, "gaps or overlaps in the data")
@@ -516,7 +543,8 @@ def write_tensors(arrays):
 
 def same(array, tensor):
     ours = tensor.numpy()
-    return not isinstance(array, str) and array.shape == ours.shape and np.array_equal(array.astype(ours.dtype), ours, equal_nan=ours.dtype.kind == "f")
+    return not isinstance(array, str) and array.shape == ours.shape and np.array_equal(array.astype(ours.dtype), ours,
+                                                                                       equal_nan=ours.dtype.kind == "f")
 
 
 @torch.inference_mode()
@@ -563,15 +591,20 @@ def check_weights(good, files, folder):
 # Field of Config -> the keys of config.json that it may depend on, besides model_type.
 LAYERS = {"layer_types", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "num_hidden_layers"}
 DEPENDS = {
-    "vocab_size": {"vocab_size"}, "d": {"hidden_size"}, "d_m": {"intermediate_size"}, "n_layers": {"num_hidden_layers"}, "n_heads": {"num_attention_heads"},
-    "n_kv_heads": {"num_key_value_heads", "num_attention_heads"}, "head_dim": {"head_dim", "hidden_size", "num_attention_heads"}, "norm_eps": {"rms_norm_eps"},
+    "vocab_size": {"vocab_size"}, "d": {"hidden_size"}, "d_m": {"intermediate_size"}, "n_layers": {"num_hidden_layers"},
+    "n_heads": {"num_attention_heads"},
+    "n_kv_heads": {"num_key_value_heads", "num_attention_heads"}, "head_dim": {"head_dim", "hidden_size", "num_attention_heads"},
+    "norm_eps": {"rms_norm_eps"},
     "act": {"hidden_act", "hidden_activation"}, "tied": {"tie_word_embeddings"}, "layer_types": LAYERS, "window": LAYERS | {"sliding_window"},
     "rope": LAYERS | {"rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "max_position_embeddings"},
     "attn_scale": {"query_pre_attn_scalar", "head_dim", "hidden_size", "num_attention_heads"}, "attn_softcap": {"attn_logit_softcapping"},
-    "final_softcap": {"final_logit_softcapping"}, "eos_ids": {"eos_token_id"}, "qkv_bias": set(), "qk_norm": set(), "norm_offset": set(), "four_norms": set(), "scale_embeddings": set(),
+    "final_softcap": {"final_logit_softcapping"}, "eos_ids": {"eos_token_id"}, "qkv_bias": set(), "qk_norm": set(), "norm_offset": set(),
+    "four_norms": set(), "scale_embeddings": set(),
 }
-COPIES = {"vocab_size": "vocab_size", "d": "hidden_size", "d_m": "intermediate_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-          "head_dim": "head_dim", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
+COPIES = {"vocab_size": "vocab_size", "d": "hidden_size", "d_m": "intermediate_size", "n_layers": "num_hidden_layers",
+          "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+          "head_dim": "head_dim", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "attn_softcap": "attn_logit_softcapping",
+          "final_softcap": "final_logit_softcapping"}
 
 
 def check_config(good, files, folder):
@@ -585,7 +618,8 @@ def check_config(good, files, folder):
     took()
     read, before, was = object_of(files["config.json"]), json.loads(good.files["config.json"]), good.about["config"]
     changed = {key for key in read.keys() | before.keys() if json.dumps(read.get(key)) != json.dumps(before.get(key))}
-    moved = [name for name, keys in DEPENDS.items() if getattr(config, name) != getattr(was, name) and not keys & changed and "model_type" not in changed]
+    moved = [name for name, keys in DEPENDS.items() if getattr(config, name) != getattr(was,
+                                                                                        name) and not keys & changed and "model_type" not in changed]
     further = object_of(files["generation_config.json"]).get("eos_token_id") if "generation_config.json" in files else None
     ends = [id for value in (read.get("eos_token_id"), further) for id in (value if isinstance(value, list) else [value]) if id is not None]
     if "eos_ids" in moved:
@@ -597,9 +631,11 @@ def check_config(good, files, folder):
         value = read.get(key)
         if value is not None:
             ours = getattr(config, name)
-            expect(ours == value and isinstance(ours, bool) == isinstance(value, bool) and isinstance(value, (bool, int, float)), f"{key} {value!r:.40} was read as {ours!r:.40}")
+            expect(ours == value and isinstance(ours, bool) == isinstance(value, bool) and isinstance(value, (bool, int, float)),
+                   f"{key} {value!r:.40} was read as {ours!r:.40}")
     family = FAMILIES[read["model_type"]]
-    expect(all(getattr(config, trait) == family.get(trait, type(getattr(config, trait))()) for trait in ("qkv_bias", "qk_norm", "norm_offset", "four_norms", "scale_embeddings")), "traits of another family")
+    expect(all(getattr(config, trait) == family.get(trait, type(getattr(config, trait))()) for trait in ("qkv_bias", "qk_norm", "norm_offset",
+            "four_norms", "scale_embeddings")), "traits of another family")
     act = read.get("hidden_activation") or read.get("hidden_act")
     expect(act is None or config.act == act and act in ACTIVATIONS, f"activation {act!r:.40} was read as {config.act}")
     if read.get("layer_types") is not None:
@@ -607,7 +643,8 @@ def check_config(good, files, folder):
     elif read.get("use_sliding_window") is True:
         first = read.get("max_window_layers")
         expect(first is None or config.layer_types.count(GLOBAL) == min(first, config.n_layers), "another first local layer")
-    for key in (*(["use_sliding_window"] if read.get("layer_types") is None else []), "tie_word_embeddings", "attention_bias", "mlp_bias", "use_bidirectional_attention"):
+    for key in (*(["use_sliding_window"] if read.get("layer_types") is None else []), "tie_word_embeddings", "attention_bias", "mlp_bias",
+                "use_bidirectional_attention"):
         expect(read.get(key) in (None, False, True), f"{key} {read.get(key)!r:.40} is no flag")
     if LOCAL in config.layer_types and read.get("sliding_window") is not None:
         expect(config.window == read["sliding_window"], "another window")
@@ -618,7 +655,8 @@ def check_config(good, files, folder):
         base = read.get("rope_local_base_freq") if local else read.get("rope_theta")
         theta = said.get("rope_theta", base)
         expect(theta is None or rope["rope_theta"] == theta, f"rope_theta {theta!r:.40} was read as {rope['rope_theta']!r:.40}")
-        expect(all(rope.get(key) == value or json.dumps(rope.get(key)) == json.dumps(value) for key, value in said.items() if key != "rope_type"), "other rotary settings")
+        expect(all(rope.get(key) == value or json.dumps(rope.get(key)) == json.dumps(value) for key, value in said.items() if key != "rope_type"),
+               "other rotary settings")
         expect(rope["rope_type"] == said.get("rope_type", said.get("type", "default")), "another rope_type")
     scalar = read.get("query_pre_attn_scalar")
     expect(math.isclose(config.attn_scale, (scalar if scalar is not None else config.head_dim if "query_pre" not in str(was.raw) else config.attn_scale ** -2) ** -0.5), "another attention scale")
@@ -661,7 +699,8 @@ class ByHand:
             self.front = [len(self.vocab)]
         else:
             self.vocab = object_of(files["vocab.json"])
-            self.merges = [line.split(" ") for line in files["merges.txt"].decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n") if line and not line.startswith("#version")]
+            self.merges = [line.split(" ") for line in files["merges.txt"].decode("utf-8").replace("\r\n", "\n").replace("\r",
+                    "\n").split("\n") if line and not line.startswith("#version")]
             decoder = configs[0].get("added_tokens_decoder") or {}
             self.added = [token | {"id": int(id)} for id, token in decoder.items()] or None
             self.whole, self.words, self.prefix, self.nfc, self.bytes = False, QWEN_WORDS, False, True, True
@@ -670,7 +709,8 @@ class ByHand:
             for key in ("special", "normalized", "lstrip", "rstrip", "single_word"):
                 flag(token, key)
             expect(isinstance(token["content"], str) and token["content"], "an added token without text")
-        self.ordinary = [t["content"] for t in listed if not t.get("special") and t["content"] in self.vocab and t["content"].replace("▁", " ").isspace()]
+        self.ordinary = [t["content"] for t in listed if not t.get("special") and t["content"] in self.vocab and t["content"].replace("▁",
+                " ").isspace()]
         self.late = any(t.get("normalized") for t in listed)
         self.control = {t["content"] for t in listed} - {*self.ordinary}
         if not self.bytes:
@@ -706,7 +746,8 @@ class ByHand:
     def joined(self, word):
         parts = [*word]
         while len(parts) > 1:
-            pairs = [(self.vocab.get(a + b, math.inf) if self.ranked else self.place.get((a, b), math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+            pairs = [(self.vocab.get(a + b, math.inf) if self.ranked else self.place.get((a, b), math.inf), i) for i, (a, b) in enumerate(zip(parts,
+                    parts[1:]))]
             best, i = min(pairs)
             if best == math.inf:
                 break
@@ -809,9 +850,11 @@ def check_tasks(good, files, folder):
         expect(more is None or isinstance(more, str), f"input {more!r:.40} is no text")
         prompt = row["instruction"] if task.kind == "cloze" else row["instruction"] + "\n" + (more + "\n" if more else "") + (tasks.THINK if task.kind == "arithmetic" else "")
         answer = row["answer"] if isinstance(row["answer"], str) else str(row["answer"])
-        expect((example.index, example.task, example.prompt, example.answer) == (index, task.name, prompt, answer), f"row {index} became {example!r:.200}")
+        expect((example.index, example.task, example.prompt, example.answer) == (index, task.name, prompt, answer),
+               f"row {index} became {example!r:.200}")
         if example.choices:
-            expect(answer in example.choices and len(set(example.choices)) == len(example.choices) > 1, f"row {index}: choices {example.choices!r:.60}")
+            expect(answer in example.choices and len(set(example.choices)) == len(example.choices) > 1,
+                   f"row {index}: choices {example.choices!r:.60}")
         else:
             expect(math.isfinite(float(answer)), f"row {index}: answer {answer!r:.40}")
         if task.kind in ("value", "cloze") and "choices" in row:
@@ -834,9 +877,11 @@ def check_profile(good, files, folder):
     tensors = read_tensors(files[evaluation.PROFILE])
     expect(profile.keys() == {*METHODS[steering.method].needs}, f"tensors {sorted(profile)}")
     for name, tensor in profile.items():
-        expect(same(tensors[name], tensor) and tensor.dtype == (torch.long if name in ("semantic", "activation") else torch.float32), f"{name} has other numbers than the file")
+        expect(same(tensors[name], tensor) and tensor.dtype == (torch.long if name in ("semantic", "activation") else torch.float32),
+               f"{name} has other numbers than the file")
     known = steering.knowing(profile)
-    expect(known.known.isfinite().all() and list(known.known.shape[:2]) == [model.config.n_layers, model.config.d_m], "the method cannot be set up with it")
+    expect(known.known.isfinite().all() and list(known.known.shape[:2]) == [model.config.n_layers, model.config.d_m],
+           "the method cannot be set up with it")
     tokens = torch.arange(12)[None]
     _, flux, reward = model.hidden(tokens, known)
     expect(flux.shape == reward.shape == (model.config.n_layers, 1, 12), "the steered model has another shape")
@@ -862,15 +907,19 @@ def check_run(good, files, folder):
             arm = evaluation.arm_name(steering)
             for key, value in args["steering"].items():
                 ours = getattr(steering, key)
-                expect(isinstance(ours, bool) == isinstance(value, bool) and (key == "layers" or ours == value), f"{key} {value!r:.40} was read as {ours!r:.40}")
+                expect(isinstance(ours, bool) == isinstance(value, bool) and (key == "layers" or ours == value),
+                       f"{key} {value!r:.40} was read as {ours!r:.40}")
         ours = found.get((arm, args.get("seed")))
         expect(ours is not None, f"run {run} was not found")
         expect(count[arm, args.get("seed")] > 1 or ours["scores"] == {score["task"]: score["accuracy"] for score in scores.values()}, "other scores")
-        expect(all(0 <= score["accuracy"] <= 1 and not isinstance(score["accuracy"], bool) and score["task"] == task for task, score in scores.items()), "a score that cannot be")
-        expect(arm == "base" or (arm, args["seed"], folder / run) in trained or Path(args["model"]).resolve() != Path("toy/llama").resolve(), "not among the trained runs")
+        expect(all(0 <= score["accuracy"] <= 1 and not isinstance(score["accuracy"], bool) and score["task"] == task
+                   for task, score in scores.items()), "a score that cannot be")
+        expect(arm == "base" or (arm, args["seed"], folder / run) in trained or Path(args["model"]).resolve() != Path("toy/llama").resolve(),
+               "not among the trained runs")
 
 
-KINDS = {"config": (good_configs, check_config), "weights": (good_weights, check_weights), "tokenizer": (good_tokenizers, check_tokenizer), "tasks": (good_tasks, check_tasks),
+KINDS = {"config": (good_configs, check_config), "weights": (good_weights, check_weights), "tokenizer": (good_tokenizers, check_tokenizer),
+         "tasks": (good_tasks, check_tasks),
          "profile": (good_profiles, check_profile), "run": (good_runs, check_run)}
 
 
@@ -919,12 +968,14 @@ class Watch:
         sys.addaudithook(self)
 
     def __call__(self, event, arguments):
-        if not self.on or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.system", "subprocess.Popen", "os.posix_spawn", "os.fork",
+        if not self.on or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate",
+                                        "os.system", "subprocess.Popen", "os.posix_spawn", "os.fork",
                                         "os.chmod", "socket.connect", "shutil.rmtree"):
             return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
-        paths = [os.path.realpath(os.fsdecode(path)) for path in arguments[:2] if isinstance(path, (str, bytes, os.PathLike)) and path not in ("w", "wb", "a", "x", "r+")]
+        paths = [os.path.realpath(os.fsdecode(path)) for path in arguments[:2] if isinstance(path, (str, bytes, os.PathLike)) and path not in ("w",
+                "wb", "a", "x", "r+")]
         if not paths or not all(path == self.allowed or path.startswith(self.allowed + os.sep) for path in paths):
             self.seen.append(f"{event} {paths}")
 
@@ -1001,7 +1052,8 @@ def child(pipe, kind, check, seed, numbers, goods, place):
             os.write(pipe, json.dumps({"start": number}).encode() + b"\n")
             start = time.monotonic()
             outcome, why, grew = run_one(check, good, files, there, place, watch, printed)
-            os.write(pipe, json.dumps({"number": number, "from": good.name, "file": name, "outcome": outcome, "why": why, "seconds": time.monotonic() - start, "grew": grew}).encode() + b"\n")
+            os.write(pipe, json.dumps({"number": number, "from": good.name, "file": name, "outcome": outcome, "why": why,
+                                       "seconds": time.monotonic() - start, "grew": grew}).encode() + b"\n")
             gc.collect(0)
     except BaseException:
         os.write(pipe, json.dumps({"broken": traceback.format_exc()}).encode() + b"\n")
@@ -1061,7 +1113,8 @@ def run(kind, seed, numbers, check=None, goods=None, done=lambda result: None, s
                     continue
                 good, name, _ = mutant(kind, seed, current, goods)
                 why = dead or f"the process died of signal {os.WTERMSIG(status)}"
-                results.append({"number": current, "from": good.name, "file": name, "outcome": "failed", "why": why, "seconds": time.monotonic() - since, "grew": 0})
+                results.append({"number": current, "from": good.name, "file": name, "outcome": "failed", "why": why,
+                                "seconds": time.monotonic() - since, "grew": 0})
                 left.remove(current)
                 done(results[-1])
     return results

@@ -66,9 +66,12 @@ def refuses(message):
 
 
 @pytest.mark.parametrize("check, word", [
-    (reads_another_number, "another meaning"), (writes_elsewhere, "wrote outside"), (writes_beside_the_input, "wrote outside"), (hangs, "more than 1 s"),
-    (takes_memory, "are allowed"), (panics, "printed"), (lambda *_: os.abort(), "signal 6"), (lambda *_: {}["key"], "KeyError"), (lambda *_: sys.exit(0), "SystemExit"),
-    (refuses(""), "an empty message"), (refuses("{folder}: two\nlines"), "control characters"), (refuses("{folder}" + "x" * 600), "characters"), (refuses("No."), "does not begin"),
+    (reads_another_number, "another meaning"), (writes_elsewhere, "wrote outside"), (writes_beside_the_input, "wrote outside"), (hangs,
+            "more than 1 s"),
+    (takes_memory, "are allowed"), (panics, "printed"), (lambda *_: os.abort(), "signal 6"), (lambda *_: {}["key"], "KeyError"),
+    (lambda *_: sys.exit(0), "SystemExit"),
+    (refuses(""), "an empty message"), (refuses("{folder}: two\nlines"), "control characters"), (refuses("{folder}" + "x" * 600), "characters"),
+    (refuses("No."), "does not begin"),
 ])
 def test_a_broken_reader_is_caught(check, word):
     n, seconds = (1, 1) if check is hangs else (2, fuzz.SECONDS)
@@ -82,7 +85,8 @@ def test_readers_that_misread_are_caught(monkeypatch):
 
     with monkeypatch.context() as patch:                       # one tensor of a checkpoint is off by a little
         true = Transformer.load_state_dict
-        patch.setattr(Transformer, "load_state_dict", lambda self, state, **how: true(self, {**state, "norm.weight": state["norm.weight"] * 1.01}, **how))
+        patch.setattr(Transformer, "load_state_dict", lambda self, state, **how: true(self, {**state, "norm.weight": state["norm.weight"] * 1.01},
+                                                                                      **how))
         assert any("model.norm.weight has other numbers" in why for why in failures("weights", 20))
     with monkeypatch.context() as patch:                       # ids of a tokenizer are in another order
         true_encode = Tokenizer.encode
@@ -231,7 +235,8 @@ def row(**change):
 
 
 @pytest.mark.parametrize("task, change, word", [
-    ("gsm8k", dict(input=0), '"input" is 0'), ("gsm8k", dict(input=[]), '"input" is'), ("gsm8k", dict(input=False), '"input" is False'),      # became ""
+    ("gsm8k", dict(input=0), '"input" is 0'), ("gsm8k", dict(input=[]), '"input" is'), ("gsm8k", dict(input=False), '"input" is False'),
+         # became ""
     ("toy-facts", dict(answer="a", choices=["a", "\udc00"]), "surrogate"), ("toy-facts", dict(answer="a", choices=["a", "a"]), "twice"),
 ])
 def test_task(task, change, word):
@@ -284,13 +289,16 @@ def test_profile(case, profiles, tmp_path):
 RUNS = {                                               # what was wrong -> the file, its edit
     "a steering that is none": ("int-seed0/args.json", dict(steering=[])), "a steering without a method": ("int-seed0/args.json", dict(steering={})),
     "no steering": ("int-seed0/args.json", dict(steering=None)), "an unknown method": ("int-seed0/args.json", dict(steering={"method": "more"})),
-    "an unknown setting": ("int-seed0/args.json", dict(steering={"method": "int", "force": 1})), "a setting in quotes": ("int-seed0/args.json", dict(steering={"method": "int", "alpha": "2"})),
+    "an unknown setting": ("int-seed0/args.json", dict(steering={"method": "int", "force": 1})), "a setting in quotes": ("int-seed0/args.json",
+            dict(steering={"method": "int", "alpha": "2"})),
     "layers that are a number": ("int-seed0/args.json", dict(steering={"method": "int", "layers": 0.0})),
     "layers in a list": ("int-seed0/args.json", dict(steering={"method": "int", "layers": [1]})),
     "an unknown strength of a layer": ("int-seed0/args.json", dict(steering={"method": "int", "layers": {"1": {"force": 1}}})),
     "no model": ("int-seed0/args.json", dict(model=1)), "a model whose name no folder can have": ("int-seed0/args.json", dict(model="a\0\udc00")),
-    "a seed that is a list": ("int-seed0/args.json", dict(seed=[])), "no task": ("int-seed0/eval/boolq.json", dict(task=None)), "another task": ("int-seed0/eval/boolq.json", dict(task="piqa")),
-    "an accuracy in quotes": ("int-seed0/eval/boolq.json", dict(accuracy="0.5")), "an accuracy above 1": ("int-seed0/eval/boolq.json", dict(accuracy=65.1)),
+    "a seed that is a list": ("int-seed0/args.json", dict(seed=[])), "no task": ("int-seed0/eval/boolq.json", dict(task=None)),
+    "another task": ("int-seed0/eval/boolq.json", dict(task="piqa")),
+    "an accuracy in quotes": ("int-seed0/eval/boolq.json", dict(accuracy="0.5")), "an accuracy above 1": ("int-seed0/eval/boolq.json",
+            dict(accuracy=65.1)),
 }
 
 
