@@ -153,6 +153,14 @@ def read_run(folder):
     return read_json(path) if path.is_file() else {}
 
 
+def need(settings, where, **kinds):
+    """What was read from the file `where` must have a value of each kind under each of these names; raises BadInput otherwise."""
+    for name, kind in kinds.items():
+        value = settings.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):    # no path has these
+            raise BadInput(f"{where}: {name} is {value!r}, which train.py and eval.py do not write; make it again, or remove it")
+
+
 def write_whole(path, text):
     """Write a file so that it is either there completely or not at all."""
     if RANK:
@@ -296,10 +304,18 @@ def table(summaries):
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
-def as_steering(settings):
-    """The Steering that a run's args.json describes."""
-    layers = settings.get("layers")
-    return Steering(**{**settings, "layers": layers and {int(layer): here for layer, here in layers.items()}})
+def as_steering(settings, where="args.json"):
+    """The Steering that a run's args.json describes. Raises BadInput, naming the file, for what describes none."""
+    try:
+        layers = settings.get("layers")
+        steering = Steering(**{"method": None, **settings, "layers": None if layers is None else {int(layer): here for layer, here in layers.items()}})
+        for layer in steering.layers or ():
+            steering.at(layer - 1)                                             # its own strengths are checked there
+        if not settings.items() <= json.loads(json.dumps(steering.settings)).items():
+            raise ValueError("not all of it means something to the method")
+        return steering
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{where}: steering is {settings!r}, which train.py does not write ({error})") from None
 
 
 def arm_name(steering):
@@ -322,8 +338,11 @@ def runs_from(folder, model):
     found = []
     for path in sorted(Path(folder).glob("*/args.json")):
         settings, run = read_run(path.parent), path.parent
-        if run.suffix not in (".partial", ".old") and "steering" in settings and Path(settings["model"]).resolve() == Path(model).resolve():
-            found.append((arm_name(as_steering(settings["steering"])), settings["seed"], run))
+        if run.suffix in (".partial", ".old") or "steering" not in settings:
+            continue
+        need(settings, path, model=str, seed=int)
+        if Path(settings["model"]).resolve() == Path(model).resolve():
+            found.append((arm_name(as_steering(settings["steering"], path)), settings["seed"], run))
     return sorted(found, key=lambda run: (run[0] != "none", run[0], run[1]))
 
 
@@ -337,12 +356,17 @@ def find_runs(folder):
     runs = []
     for path in sorted(Path(folder).glob("*/args.json")):
         settings, run = read_run(path.parent), path.parent
-        summaries = [read_json(file) for file in sorted((run / "eval").glob("*.json")) if find_plain(file.stem)]
+        summaries = {file: read_json(file) for file in sorted((run / "eval").glob("*.json")) if find_plain(file.stem)}
         if run.suffix in (".partial", ".old") or not summaries or "model" not in settings:
             continue
-        arm = "base" if settings.get("base") else arm_name(as_steering(settings["steering"]))
+        need(settings, path, model=str, **({} if settings.get("base") else {"seed": int}))
+        for file, summary in summaries.items():
+            need(summary, file, accuracy=(int, float))
+            if summary.get("task") != file.stem or not 0 <= summary["accuracy"] <= 1:
+                raise BadInput(f"{file}: an accuracy of {summary['accuracy']} for the task {summary.get('task')!r}, which eval.py does not write; score it again")
+        arm = "base" if settings.get("base") else arm_name(as_steering(settings.get("steering"), path))
         runs.append({"model": settings["model"], "arm": arm, "seed": settings.get("seed"),
-                     "scores": {summary["task"]: summary["accuracy"] for summary in summaries}})
+                     "scores": {summary["task"]: summary["accuracy"] for summary in summaries.values()}})
     if not runs:
         raise BadInput(f"{folder}: no scored run of train.py in this folder; python train.py --steer reg makes one")
     return runs
@@ -567,8 +591,10 @@ def load_profile(path, model, steering, own=False, device=None):
     missing = [name for name in (*needs, "fingerprint") if name not in found]
     if missing:
         raise BadInput(f"{path}: has no {', '.join(missing)}, which --steer {steering.method} needs; it was made for --steer {made.get('method', '?')}")
-    wrong = [f"{name} {list(found[name].shape)} (expected {shape})" for name in needs if list(found[name].shape[:2]) != shape]
-    if wrong or not own and (found["fingerprint"].shape != (shape[0],) or not torch.allclose(found["fingerprint"], fingerprint(model), rtol=1e-3)):
+    wrong = [f"{name} {list(found[name].shape)} (expected {shape})" for name in needs
+             if list(found[name].shape[:2]) != shape or found[name].dim() != (3 if name == "says" else 2)]
+    mark = found["fingerprint"]
+    if wrong or not own and (mark.dtype != torch.float32 or mark.shape != (shape[0],) or not torch.allclose(mark, fingerprint(model), rtol=1e-3)):
         raise BadInput(f"{path}: was made for another model{': ' + '; '.join(wrong) if wrong else ''}")
     for name in ("groups", "subgroups", "buckets"):
         if name in steering.settings and made.get(name) != json.dumps(getattr(steering, name)):
@@ -576,7 +602,8 @@ def load_profile(path, model, steering, own=False, device=None):
     for name in needs:
         tensor = found[name]
         grouped = name in ("semantic", "activation")
-        if grouped != (tensor.dtype == torch.long) or not (0 <= tensor.min() and tensor.max() < shape[1] if grouped else tensor.isfinite().all()):
+        if tensor.dtype != (torch.long if grouped else torch.float32) or not tensor.numel() or not (
+                all(layer.min() >= 0 and len(layer.unique()) == layer.max() + 1 for layer in tensor) if grouped else tensor.abs().max() < 1e9):
             raise BadInput(f"{path}: {name} holds what cannot be; make the profile again")
     return {name: found[name].to(device or model.embed.weight.device) for name in needs}
 
@@ -1631,10 +1658,9 @@ responses held no answer.""")
     join(pick_device(args.device))
     steering = None
     if args.steered:
-        settings = read_run(args.model).get("steering", {})
-        if not METHODS.get(settings.get("method"), METHODS["none"]).change:
+        steering = as_steering(read_run(args.model).get("steering", {"method": "none"}), Path(args.model, "args.json"))
+        if not METHODS[steering.method].change:
             raise BadInput(f"--steered: {args.model} was not trained with an intervention (--steer int), so there is none to keep")
-        steering = as_steering(settings)
     out = args.out or str(Path(args.model, "eval"))
     summaries = score(args.model, names, args.data, out, args.score, args.device, args.dtype, args.limit, args.max_new_tokens, steering,
                       args.cache_gb, args.overwrite)

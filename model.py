@@ -89,8 +89,13 @@ class Config:
         def number(key, default=None, kind=int):
             return _positive(get(key, default), key, where, kind)
 
+        def flag(key):
+            if not isinstance(get(key, False), bool):
+                raise BadInput(f"{where}: {key} is {get(key)!r}; true or false is needed")
+            return get(key, False)
+
         for key in ("attention_bias", "mlp_bias", "quantization_config", "use_bidirectional_attention"):
-            if raw.get(key):
+            if get(key, False) is not False:
                 raise BadInput(f"{where}: {key} is set, and this implementation has no such layer")
         act = get("hidden_activation", get("hidden_act", "gelu_pytorch_tanh" if traits.get("four_norms") else "silu"))
         if str(act) not in ACTIVATIONS:
@@ -107,11 +112,11 @@ class Config:
         for key, cap in zip(("attn_logit_softcapping", "final_logit_softcapping"), softcaps):
             if cap is not None:
                 number(key, kind=float)
-        layer_types = _layer_types(get, number, n_layers, where)
+        layer_types = _layer_types(get, number, flag, n_layers, where)
         return cls(
             vocab_size=number("vocab_size"), d=d, d_m=number("intermediate_size"), n_layers=n_layers, n_heads=n_heads,
             n_kv_heads=n_kv_heads, head_dim=head_dim, norm_eps=number("rms_norm_eps", 1e-6, float), act=act,
-            tied=bool(get("tie_word_embeddings", False)), layer_types=layer_types,
+            tied=flag("tie_word_embeddings"), layer_types=layer_types,
             window=number("sliding_window") if LOCAL in layer_types else None,
             rope={kind: _rope(get, kind, where) for kind in sorted(set(layer_types))},
             attn_scale=number("query_pre_attn_scalar", head_dim, float) ** -0.5,
@@ -135,13 +140,13 @@ class Config:
             self, eos_ids=eos, raw={**self.raw, "eos_token_id": eos[0] if len(eos) == 1 else list(eos)})
 
 
-def _layer_types(get, number, n_layers, where):
+def _layer_types(get, number, flag, n_layers, where):
     """LOCAL or GLOBAL for each layer: listed in newer files; a pattern (Gemma) or a first local layer (Qwen) in classic ones."""
     types = get("layer_types")
-    if types is None and get("use_sliding_window"):
-        first = get("max_window_layers", 28) and number("max_window_layers", 28)
+    if types is None and flag("use_sliding_window"):
+        first = 0 if get("max_window_layers") == 0 else number("max_window_layers", 28)
         types = [GLOBAL if i < first else LOCAL for i in range(n_layers)]
-    elif types is None and get("sliding_window_pattern"):
+    elif types is None and get("sliding_window_pattern") is not None:
         types = [GLOBAL if (i + 1) % number("sliding_window_pattern") == 0 else LOCAL for i in range(n_layers)]
     elif types is None:
         types = [GLOBAL] * n_layers
@@ -157,7 +162,7 @@ ROPE_KEYS = {"default": ("rope_theta",), "linear": ("rope_theta", "factor"), "ll
 def _rope(get, kind, where):
     """The rotary settings of one layer type, from `rope_parameters` (one set, or one per layer type) or from the classic keys."""
     classic = {"rope_theta": get("rope_theta", 10_000.0), "original_max_position_embeddings": get("max_position_embeddings")}
-    if kind == LOCAL and get("rope_local_base_freq"):                          # Gemma 3: another base, never scaled
+    if kind == LOCAL and get("rope_local_base_freq") is not None:              # Gemma 3: another base, never scaled
         classic["rope_theta"], scaling = get("rope_local_base_freq"), {}
     else:
         scaling = get("rope_scaling", {})
@@ -174,9 +179,12 @@ def _rope(get, kind, where):
     return rope
 
 
+LARGEST = {int: 2**20, float: 2.0**62}                     # far beyond any published model; products of three sizes are still 64-bit numbers
+
+
 def _positive(value, key, where, kind=int):
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < float("inf"):
-        raise BadInput(f"{where}: {key} is {value!r}; a positive {'whole ' if kind is int else ''}number is needed")
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value <= LARGEST[kind]:
+        raise BadInput(f"{where}: {key} is {value!r}; a positive {f'whole number up to {LARGEST[int]:,}' if kind is int else 'number'} is needed")
     return value
 
 
@@ -614,7 +622,7 @@ def _open(folder):
     for name in names:
         if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise BadInput(f"{index}: shard {name!r} is not a plain file name; refused, since it could leave the folder")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):                                  # also false for what can be no name, which Path.is_file() is not
             raise BadInput(f"{folder / name}: no such file, though {index.name} lists it; is the download complete?")
         try:
             file = safe_open(folder / name, framework="pt")

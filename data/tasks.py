@@ -202,7 +202,12 @@ def make_response(task: Task, answer: str, output: str) -> str:
     """What to learn. "...\\n#### 72" -> "...\\nThe final answer is: 72"; GSM8K's <<48/2=24>> marks stay, as in ReFT."""
     if task.kind == "cloze":
         return " " + answer
-    return TRIGGER + answer if task.kind in ("choice", "value") else re.sub(r"#### *([^\n]+?)\s*\Z", rf"{FINAL}\1", output)
+    if task.kind in ("choice", "value"):
+        return TRIGGER + answer
+    text = output.rstrip()                                 # by hand: as a regular expression it takes forever on "#### " and many spaces
+    mark = text.find("####", text.rfind("\n") + 1)         # the first one on the last line
+    said = text[mark + 4:].lstrip(" ") if mark >= 0 else ""
+    return text[:mark] + FINAL + said if said else output
 
 
 def load(data_dir, name: str, split: str) -> list[Example]:
@@ -244,14 +249,17 @@ def parse(raw: bytes, where, task: Task, split: str) -> list[Example]:
     return examples
 
 
+_HALF = re.compile("[\ud800-\udfff]")                    # JSON's \u escapes allow it, and no tokenizer can encode it
+
+
 def _example(row, index, task, split):
     if not isinstance(row, dict):
         raise BadInput(f"not an object but {row!r:.40}")
-    row = {**row, "input": row.get("input") or ""}         # absent and null mean empty
+    row = {**row, "input": "" if row.get("input") is None else row["input"]}   # absent and null mean empty
     for key in ("instruction", "input", "output"):
         if not isinstance(row.get(key), str):
             raise BadInput(f'"{key}" is {row[key]!r:.40}, not text' if key in row else f'"{key}" is missing')
-        if re.search("[\ud800-\udfff]", row[key]):         # JSON's \u escapes allow it, and no tokenizer can encode it
+        if _HALF.search(row[key]):
             raise BadInput(f'"{key}" holds half of a surrogate pair, which is not text')
     if not row["instruction"].strip():
         raise BadInput('"instruction" is empty')
@@ -270,6 +278,8 @@ def _example(row, index, task, split):
         if not isinstance(row["choices"], list) or len(row["choices"]) < 2 or not all(isinstance(choice, str) for choice in row["choices"]):
             raise BadInput('"choices" must be a list of two or more answers')
         choices = tuple(row["choices"])
+        if _HALF.search("".join(choices)) or len(set(choices)) < len(choices):
+            raise BadInput('"choices" holds a choice twice, or half of a surrogate pair, which is not text')
     if choices and answer not in choices:
         raise BadInput(f'"answer" is {answer!r:.40}, not one of {"/".join(choices)}')
     if not choices and not re.fullmatch(r"-?\d{1,200}(\.\d+)?(e[-+]?\d\d)?", answer):      # neither nan nor inf nor 1e999 passes

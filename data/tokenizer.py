@@ -25,7 +25,10 @@ FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}#| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_WORDS, QWEN_WORDS = WORDS.replace("#", "{1,3}"), WORDS.replace("#", "")
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # what a lone ByteLevel stands for
+LONGEST_TOKEN = 1000             # characters, eight times the longest of any published vocabulary; merging by hand is quadratic in them
 LONGEST_RUN = 500_000            # of white space; at a million, the regular expressions inside tiktoken overflow their stack
+
+EVERYTHING = r"[\s\S]+"
 
 QWEN_SPECIAL = ["endoftext", "im_start", "im_end"]
 LLAMA_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
@@ -83,6 +86,7 @@ class Tokenizer:
             check(not spec.get(key) and not model.get(key), f"{key} is not supported; expected null")
         check(all(type(id) is int and id >= 0 for id in vocab.values()), "an id of the vocabulary is not a whole number")
         check(len({*vocab.values()}) == len(vocab), "two tokens of the vocabulary have the same id")
+        check(max(map(len, vocab), default=0) <= LONGEST_TOKEN, f"a token of the vocabulary has more than {LONGEST_TOKEN:,} characters")
         words, prefix, self._normalize = splitting(spec)
         check(not words or ALPHABET <= vocab.keys(), "byte-level, but the vocabulary does not hold all 256 bytes")
         pairs = {}                                                # (left, right) -> place in the list
@@ -97,17 +101,19 @@ class Tokenizer:
         self._names, control, largest = {id: token for token, id in vocab.items()}, set(), -1
         tables = {(special, late): {} for special in (True, False) for late in (True, False)}     # late: after the normalizer
         for token in spec.get("added_tokens") or []:
-            text, id, late = token["content"], token["id"], bool(token.get("normalized"))
+            text, id, late = token["content"], token["id"], flag(token, "normalized")
+            check(text and all(text not in table for table in tables.values()), f"added token {text!r} is empty, or listed twice")
             expected = vocab.get(text, max(len(vocab), largest + 1))
             check(type(id) is int and id == expected, f"added token {text!r} has id {id!r}; expected {expected}, the next one free")
             check(self._names.get(id, text) == text, f"added token {text!r} has the id of {self._names.get(id)!r}")
-            check(not any(map(token.get, ["lstrip", "rstrip", "single_word"])),
+            check(not any(flag(token, key) for key in ["lstrip", "rstrip", "single_word"]),
                   f"added token {text!r}: lstrip, rstrip and single_word are not supported; expected false")
             largest, self._names[id] = max(largest, id), text
-            ordinary = not token.get("special") and text in vocab and text.replace("▁", " ").isspace()
+            ordinary = not flag(token, "special") and text in vocab and text.replace("▁", " ").isspace()
             for special in [True, False] if ordinary else [True]:
                 tables[special, late][self._normalize(text) if late else text] = id
             control |= set() if ordinary else {text}
+        "".join(self._names.values()).encode()                    # half a surrogate pair is not text, and would not decode
         self._cutters = {key: (cutter(table), table) for key, table in tables.items()}
 
         @cache
@@ -117,7 +123,7 @@ class Tokenizer:
             characters = [token for token in vocab if len(token) == 1 and token not in banned]
             by_id = {token: id for token, id in vocab.items() if len(token) > 1}
             rank = by_id if model.get("ranked_by_id") else merge_ranks(listed, characters)
-            whole = vocab.keys() - rank.keys() - banned - ALPHABET if model.get("ignore_merges") else set()
+            whole = vocab.keys() - rank.keys() - banned - ALPHABET if flag(model, "ignore_merges") else set()
             for token in whole:                                   # Llama 3 takes a word of the vocabulary whole, merges or not
                 check(words and len(merge_by_hand(token, listed)[0]) != 2, f"ignore_merges without a merge for {token!r} is not supported")
                 rank[token] = len(pairs) + vocab[token]           # alone it stays in three parts or more: tiktoken never merges to it
@@ -126,13 +132,14 @@ class Tokenizer:
         # Plain text must not turn into a control token, nor "<0x41>" into a byte, even where the merges could spell them.
         control_or_byte = vocab.keys() & (control if words else control | BYTE_TOKENS.keys())
         check(not words or not control_or_byte & ALPHABET, "an added token that is one of the 256 bytes is not supported")
-        spelled = {left + right for left, right in pairs} if not model.get("ignore_merges") else control_or_byte
+        spelled = {left + right for left, right in pairs} if not flag(model, "ignore_merges") else control_or_byte
         banned = frozenset(token for token in control_or_byte if token in spelled or len(token) == 1)
         self._bpe = lambda special: bpe(frozenset() if special else banned)      # mostly nothing is banned, and the two are one
         self._bpe(special=False)
         self._to_bytes = byte_level_bytes if words else character_level_bytes
 
         self._front = template_front(spec.get("post_processor"))
+        check(all(type(id) is int and id in self._names for id in self._front), f"the template puts {self._front} in front, and not all are ids of tokens")
         ids = {token: id for id, token in self._names.items()}
         self.bos_id, self.eos_id, self.pad_id = (named_id(which, configs, self._front, ids) for which in ("bos", "eos", "pad"))
         ends = [id for id in (self.bos_id, self.eos_id) if id is not None]
@@ -231,10 +238,18 @@ def byte_level(vocab, rank, words, prefix):
     """Llama 3 and Qwen: merges the bytes of each word. Returns a function text -> ids."""
     tokens = [*CHAR_TO_BYTE, *sorted(filter(ALPHABET.issuperset, rank), key=rank.get)]
     ids = [vocab[token] for token in tokens]
+    if words not in (LLAMA_WORDS, QWEN_WORDS, GPT2_WORDS, EVERYTHING):
+        words = rf"(?:{words})(?!\G)"                             # not an empty word: tiktoken panics at one, the reference drops it
     words = f"{words}|(?:(?!{words})[\\s\\S])+"                   # tiktoken drops what a pattern skips, the reference keeps it
     ranks = {byte_level_bytes(token): n for n, token in enumerate(tokens)}
     bpe = tiktoken.Encoding("byte level", pat_str=words, mergeable_ranks=ranks, special_tokens={})
-    return lambda text: [ids[n] for n in bpe.encode_ordinary(" " + text if prefix and text[0] != " " else text)]
+
+    def encode(text):
+        try:                                                      # encode, not encode_ordinary, which panics where this raises
+            return [ids[n] for n in bpe.encode(" " + text if prefix and text[0] != " " else text, disallowed_special=())]
+        except ValueError as error:
+            raise BadInput(f"text: the tokenizer's pattern cannot cut {text[:40]!r} into words ({error}); is its file the published one?") from None
+    return encode
 
 
 def character_level(vocab, rank, characters, model):
@@ -248,8 +263,8 @@ def character_level(vocab, rank, characters, model):
     words = "(?s:.+)" if any("▁" in token.lstrip("▁") for token in rank) else "▁*[^▁]+|▁+"
     bpe = tiktoken.Encoding("character level", pat_str=words, mergeable_ranks=ranks, special_tokens={})
     unknown = re.compile(f"([^{re.escape(''.join(characters))}]+)")
-    spelling = [vocab.get(name) if model.get("byte_fallback") else None for name in BYTE_TOKENS]
-    unk, fuse = vocab.get(model.get("unk_token")), model.get("fuse_unk")
+    spelling = [vocab.get(name) if flag(model, "byte_fallback") else None for name in BYTE_TOKENS]
+    unk, fuse = vocab.get(model.get("unk_token")), flag(model, "fuse_unk")
     check(unk is not None or all(id is not None or chr(b) in characters for b, id in enumerate(spelling)),
           "a byte token is missing, and unk_token names no token of the vocabulary to stand in for it")
 
@@ -289,12 +304,14 @@ def splitting(spec):
         check(all(cut["type"] == "Split" and cut["pattern"] == {"String": " "} for cut in cuts), unsupported)
         return None, False, lambda text: text.replace(" ", "▁")
     check(normalizers in ([], [{"type": "NFC"}]), unsupported)
-    prefix, by_gpt2 = cuts[-1].get("add_prefix_space", True), cuts[-1].get("use_regex", True)
-    words = GPT2_WORDS if by_gpt2 else r"[\s\S]+"
+    prefix, by_gpt2 = flag(cuts[-1], "add_prefix_space", True), flag(cuts[-1], "use_regex", True)
+    words = GPT2_WORDS if by_gpt2 else EVERYTHING
     if len(cuts) > 1:
         check(len(cuts) == 2 and cuts[0]["type"] == "Split" and not prefix and not by_gpt2, unsupported)
-        check(cuts[0]["behavior"] == "Isolated" and not cuts[0].get("invert"), unsupported)
-        words = cuts[0]["pattern"].get("Regex") or re.escape(cuts[0]["pattern"]["String"])
+        check(cuts[0]["behavior"] == "Isolated" and not flag(cuts[0], "invert"), unsupported)
+        (kind, words), = cuts[0]["pattern"].items()
+        check(kind in ("Regex", "String") and words, unsupported)
+        words = words if kind == "Regex" else re.escape(words)
     return words, prefix, nfc if normalizers else str
 
 
@@ -332,7 +349,7 @@ def named_id(which, configs, front, ids):
             return ids.get(token)
     id = config.get(which + "_token_id")
     id = id[0] if isinstance(id, list) else id
-    check(id is None or type(id) is int, f"config.json has {id!r} as {which}_token_id; expected a whole number")
+    check(id is None or type(id) is int and id >= 0, f"config.json has {id!r} as {which}_token_id; expected a whole number")
     candidates = [id, *(front if which == "bos" else []), *map(ids.get, WELL_KNOWN[which])]
     return next((id for id in candidates if id is not None), None)
 
@@ -342,6 +359,13 @@ def named_id(which, configs, front, ids):
 def check(condition, message):
     if not condition:
         raise BadInput(message)
+
+
+def flag(section, key, default=False):
+    """A value that must be true or false: "false" in quotes would count as true."""
+    value = section.get(key, default)
+    check(isinstance(value, bool), f"{key} is {value!r}; expected true or false")
+    return value
 
 
 @contextmanager
@@ -380,9 +404,10 @@ def read_vocab_and_merges(dir, config):
     with reading(dir / "tokenizer_config.json"):
         kind = config.get("tokenizer_class", "Qwen2Tokenizer")
         check("Qwen" in kind, f"{kind}, but vocab.json and merges.txt are read for Qwen only; put the tokenizer.json beside them")
-        listed = sorted((int(id), token) for id, token in config.get("added_tokens_decoder", {}).items())
+        listed = [token | {"id": int(id)} for id, token in config.get("added_tokens_decoder", {}).items()]
+        listed.sort(key=lambda token: token["id"])
     spec = byte_level_spec(vocab, merges, QWEN_SPECIAL, QWEN_WORDS) | {"normalizer": {"type": "NFC"}}
-    return spec | ({"added_tokens": [token | {"id": id} for id, token in listed]} if listed else {})
+    return spec | ({"added_tokens": listed} if listed else {})
 
 
 def byte_level_spec(vocab, merges, special, words, **model):
