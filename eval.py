@@ -1,7 +1,9 @@
 """Score a model on the paper's tasks.
 
     python eval.py --model out/boolq-reg --task boolq,ARC-Easy --data data/public
-    python eval.py --compare out/
+    python eval.py --compare out/                              the runs in a folder, over their seeds
+    python eval.py --analyse flux                              the paper's analyses and tables: flux, memories, regions, layers, magnitude, ood
+    python eval.py --report out/                               all of it as one page, out/report.html
 
 Every response is kept beside its verdict in MODEL/eval/, and an interrupted evaluation goes on where it stopped. The model runs
 unsteered, as in the paper, unless --steered keeps the intervention it was trained with.
@@ -352,7 +354,9 @@ def suite_of(task):
 
 
 def find_runs(folder):
-    """Finished, scored runs in a folder: [{"model", "arm", "seed", "scores": {task: accuracy}}]."""
+    """Finished, scored runs in a folder: [{"model", "arm", "seed", "scores": {task: accuracy}}]. Of two runs of one arm and seed (of other
+    recipes, say) the one in the folder of another name is an arm of its own, called after it.
+    """
     runs = []
     for path in sorted(Path(folder).glob("*/args.json")):
         settings, run = read_run(path.parent), path.parent
@@ -365,8 +369,15 @@ def find_runs(folder):
             if summary.get("task") != file.stem or not 0 <= summary["accuracy"] <= 1:
                 raise BadInput(f"{file}: an accuracy of {summary['accuracy']} for the task {summary.get('task')!r}, which eval.py does not write; score it again")
         arm = "base" if settings.get("base") else arm_name(as_steering(settings.get("steering"), path))
-        runs.append({"model": settings["model"], "arm": arm, "seed": settings.get("seed"),
+        runs.append({"model": settings["model"], "arm": arm, "seed": settings.get("seed"), "folder": run,
                      "scores": {summary["task"]: summary["accuracy"] for summary in summaries.values()}})
+    runs.sort(key=lambda run: not run["folder"].name.startswith(f"{Path(run['model']).name}-{run['arm']}"))     # the usual names first
+    seen = set()
+    for run in runs:
+        if (key := (run["model"], run["arm"], run["seed"])) in seen:
+            run["arm"] += f" ({run['folder'].name})"
+        seen.add(key)
+        del run["folder"]
     if not runs:
         raise BadInput(f"{folder}: no scored run of train.py in this folder; python train.py --steer reg makes one")
     return runs

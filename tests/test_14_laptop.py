@@ -127,3 +127,13 @@ def test_arms_have_short_names():
     assert evaluation.arm_name(Steering("reg", lam=0.05)) == "reg-lam0.05"
     assert evaluation.arm_name(Steering("reg", layers={1: {}, 2: {"lam": 0.05}}, normalise="softmax")) == "reg-softmax-layers1,2@lam=0.05"
     assert evaluation.arm_name(Steering("int", p=0.05, alpha=2.0, rank_by="value")) == "int-p0.05-alpha2-value"
+
+
+def test_two_runs_of_one_arm_and_seed_are_two_arms(tmp_path):
+    for name, accuracy in (("m-none-seed0", 0.5), ("faster", 0.7), ("m-reg-seed0", 0.6)):
+        (tmp_path / name / "eval").mkdir(parents=True)
+        steering = Steering("reg" if "reg" in name else "none").settings
+        (tmp_path / name / "args.json").write_text(json.dumps({"model": "x/m", "seed": 0, "steering": steering}))
+        (tmp_path / name / "eval" / "boolq.json").write_text(json.dumps({"task": "boolq", "accuracy": accuracy}))
+    rows = {row["arm"]: row["mean"] for row in evaluation.compare(evaluation.find_runs(tmp_path))}
+    assert rows == {"none": 0.5, "none (faster)": 0.7, "reg": 0.6}
