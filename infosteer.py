@@ -204,7 +204,7 @@ class _Raise(torch.autograd.Function):
     def backward(ctx, grad):
         new, smallest, sign = ctx.saved_tensors
         pull = ctx.share * (sign * grad.gather(-1, smallest)).sum(-1, keepdim=True)       # [..., 1]  on the mean, spread over all entries
-        grad_k = torch.addcmul(grad, new.sign(), pull) if ctx.magnitude else grad + pull  # [..., d_m]
+        grad_k = new.sign().mul_(pull).add_(grad) if ctx.magnitude else grad + pull       # [..., d_m]
         return grad_k.scatter_(-1, smallest, sign * pull), None, None, None, None, None
 
 
