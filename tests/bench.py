@@ -439,7 +439,7 @@ def main():
     parser.add_argument("--micro-tokens", type=positive, default=train.PAPER["micro_tokens"], metavar="N", help="as in train.py (default: 4096)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu). On cuda in bf16: autocast in training, weights in decoding")
     parser.add_argument("--threads", type=positive, metavar="N", help="of a CPU (default: torch's own choice)")
-    parser.add_argument("--peak-tflops", type=finite, default=790, metavar="X", help="of the GPU, for the model FLOPs utilisation (default: 790, an H200 in bf16)")
+    parser.add_argument("--peak-tflops", type=finite, default=790, metavar="X", help="of the GPU, for MFU (default: 790, an H200 in bf16)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured here too")
     args = parser.parse_args()
     if args.against and not importlib.util.find_spec("transformers"):
