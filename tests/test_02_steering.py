@@ -155,6 +155,28 @@ def test_intervention_in_bf16_replaces_as_many_by_the_same_value(rank_by):
         assert torch.equal(new[changed] < 0, k[changed] < 0)
 
 
+@pytest.mark.parametrize("rank_by", infosteer.RANKINGS)
+@pytest.mark.parametrize("alpha", [1.0, -0.5, 0.0])
+def test_the_gradient_of_the_intervention_is_that_of_the_formula(rank_by, alpha):
+    k, weight = K.clone().requires_grad_(), torch.randn(K.shape, dtype=K.dtype, generator=torch.Generator().manual_seed(1))
+    size = k.abs() if rank_by == "magnitude" else k
+    threshold = size.sort(-1).values[..., 3:4]                                # the 4 smallest of 40
+    sign = torch.where(k < 0, -1.0, 1.0) if rank_by == "magnitude" else 1.0
+    plain = torch.where(size <= threshold, alpha * size.mean(-1, keepdim=True) * sign, k)
+    expected, = torch.autograd.grad((plain * weight).sum(), k)
+    gradient, = torch.autograd.grad((intervene(k, 0.1, alpha, rank_by) * weight).sum(), k)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank_by", infosteer.RANKINGS)
+def test_the_backward_pass_of_the_intervention_keeps_the_new_keys_only(rank_by):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        new = intervene(torch.randn(6, 1000).requires_grad_(), 0.01, rank_by=rank_by)
+    assert [t.data_ptr() for t in kept if t.numel() == new.numel()] == [new.data_ptr()]
+    assert sum(t.numel() for t in kept) == new.numel() + 2 * 6 * 10
+
+
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
