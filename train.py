@@ -398,6 +398,7 @@ def train(args):
     if spread(args):
         model = shard(model, device, args.offload)
     if args.compile:
+        torch._dynamo.config.specialize_float = True                           # p and alpha are constants of a run, and how many entries they mean too
         for block in model.blocks:
             block.compile(dynamic=True)
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
