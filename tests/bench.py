@@ -16,7 +16,7 @@ that on 5 MiB). A step's FLOPs count causal attention once and nothing that is c
     6 x (parameters without embedding and head) x tokens  +  6 x V d x supervised tokens  +  6 x layers x H D x sum of squared lengths
 
 The peer's loop is what one writes first: micro-batches of 4 in random order, padded, labels -100. Memory is compared with as many tokens
-in a micro-batch of ours. In decoding, a row ends where its response's length was drawn to end: what it says there is made an end-of-sequence id for all.
+in a micro-batch of ours; activations are the peak of a forward pass, before there are gradients. In decoding, a row ends where its response's length was drawn to end: what it says there is made an end-of-sequence id for all.
 """
 import dataclasses
 import gc
@@ -62,7 +62,7 @@ infosteer.METHODS["bare"] = infosteer.Method(entropies=lambda k, steering: (k.de
 TARGETS = [                            # part, what, to what, only for this shape, only for this kind, the bound of the ratio, in words
     ("step", "none", "peer", "head17", "choice", 0.75, "SFT step <= 0.75x the peer's time at a head share of 17%"),
     ("step", "none", "peer", "vocab152k", "choice", 0.35, "SFT step <= 0.35x the peer's time at |V| = 152k"),
-    ("memory", "none, 4 at once", "peer", None, "choice", 0.25, "activation peak <= 0.25x the peer's"),
+    ("memory", "forward pass", "peer's forward pass", None, "choice", 0.25, "activation peak <= 0.25x the peer's"),
     ("step", "reg", "none", None, None, 1.05, "reg <= 1.05x the time of none"),
     ("memory", "reg", "none", None, None, 1.02, "reg <= 1.02x the memory of none"),
     ("step", "int", "none", None, None, 1.08, "int <= 1.08x the time of none"),
@@ -117,14 +117,16 @@ def draw(lengths, shared, V, n, seed):
     return [(first[:lengths[i][0]] + ids(max(0, lengths[i][0] - shared) + lengths[i][1]), lengths[i][0]) for i in chosen]
 
 
-def backward(args, model, method, rows, checkpoint=False, budget=None):
-    """The gradients of one optimizer step, as in train.py, and its loss."""
+def backward(args, model, method, rows, checkpoint=False, budget=None, forward=False):
+    """The gradients of one optimizer step, as in train.py, and its loss. forward: the loss of the first micro-batch only, with all it keeps."""
     steering, lengths, total = Steering(method), [len(ids) - 1 for ids, _ in rows], 0.0
     n_tokens, n_supervised = sum(lengths), sum(len(ids) - n for ids, n in rows)
     for batch in train.micro_batches(range(len(rows)), lengths, budget or args.micro_tokens):
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             lm, _, reward = train.losses(model, *train.collate([rows[row] for row in batch]), steering, checkpoint)
         loss = lm / n_supervised - steering.lam * reward.sum() / n_tokens
+        if forward:
+            return loss
         loss.backward()
         total = total + loss.detach()
     return total
@@ -173,14 +175,16 @@ class Peer:
         self.model.tie_weights()
         self.args = args
 
-    def backward(self, rows, bf16=None):
-        """The mean over the supervised tokens of the step, as ours."""
+    def backward(self, rows, bf16=None, forward=False):
+        """The mean over the supervised tokens of the step, as ours; so is `forward`."""
         device, total, n_supervised = self.args.device, 0.0, sum(len(ids) - n for ids, n in rows)
         for part in (rows[start:start + PEER_MICRO] for start in range(0, len(rows), PEER_MICRO)):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16 if bf16 is None else bf16):
                 loss = self.model(padded([ids for ids, _ in part], device), attention_mask=padded([[1] * len(ids) for ids, _ in part], device), use_cache=False,
                                   labels=padded([[-100] * n + ids[n:] for ids, n in part], device, fill=-100),
                                   num_items_in_batch=torch.tensor(n_supervised, device=device)).loss
+            if forward:
+                return loss
             loss.backward()
             total = total + loss.detach()
         return total
@@ -295,6 +299,8 @@ def measure_steps(args, shape, kind, raw):
         if args.against:
             few = partial(backward, args, model, "none", budget=PEER_MICRO * max(len(ids) for ids, _ in data[0]))
             works[f"none, {PEER_MICRO} at once"], to[f"none, {PEER_MICRO} at once"], to["none"] = (model, few), "peer", None
+            works["peer's forward pass"], to["peer's forward pass"] = (peer.model, partial(peer.backward, forward=True)), None
+            works["forward pass"], to["forward pass"] = (model, partial(few, forward=True)), "peer's forward pass"
         seen = (name for name in works if args.device.type == "cuda" or "compile" not in name)         # the profiler does not see buffers of compiled code
         peaks = {name: peak_of(partial(works[name][1], data[0]), works[name][0], args.device) for name in seen}
         for name, peak in peaks.items():
