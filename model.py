@@ -272,10 +272,13 @@ class Attention(nn.Module):
 
 def attend(q, k, v, mask, scale, softcap):
     """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]. mask [B or 1, 1, T, S] is True where a token may look; None: causal."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    groups = q.shape[1] // k.shape[1]                                          # Gemma 2 squashes its scores, which no fused kernel does
+    (B, H, T, D), groups = q.shape, q.shape[1] // k.shape[1]
+    if softcap is None and (mask is None or groups == 1):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)
+    if softcap is None:                                                        # no fast kernel takes a mask and shared heads: let the queries
+        q, mask = q.reshape(B, -1, groups * T, D), mask.repeat(1, 1, groups, 1)          # of one key-value head be so many more tokens
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(B, H, T, D)
+    # Gemma 2 squashes its scores, which no fused kernel does.
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)      # [B, H, S, D]
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)   # [B, H, T, S]
     return scores.float().masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
@@ -312,10 +315,9 @@ class View:
     seen: int                          # S: tokens in the longest sequence so far
 
 
-def look(config, kind, positions, T, device):
+def look(config, kind, positions, seen, T, device):
     """The `View` of the layers of one type."""
     at = torch.arange(T, device=device)[None] if positions is None else positions         # [B or 1, T]
-    seen = T if positions is None else int(positions.max()) + 1
     angle = at[:, :, None, None] * inverse_frequencies(config.rope[kind], config.head_dim, device)     # [B or 1, T, 1, D/2]
     window = config.window if kind == LOCAL and seen > config.window else None
     mask = None
@@ -370,7 +372,7 @@ class Transformer(nn.Module):
         """tokens [B, T] -> logits [B, T, V] in fp32."""
         return self.logits(self.hidden(tokens, steering)[0])
 
-    def hidden(self, tokens, steering=None, positions=None, cache=None, checkpoint=False):
+    def hidden(self, tokens, steering=None, positions=None, cache=None, checkpoint=False, seen=None):
         """Everything but the LM head: tokens [B, T] -> (hidden states [B, T, d], flux, reward: both [n_layers, B, T] in nats).
 
         steering     an `infosteer.Steering`; None computes the plain model, no flux and no reward. The reward is 0 in layers where the
@@ -379,12 +381,14 @@ class Transformer(nn.Module):
                      causal attention cannot see it
         cache        from `new_cache`; the tokens' keys and values are written into it
         checkpoint   keep only each block's input for the backward pass and compute the rest again: less memory, more time
+        seen         tokens in the longest sequence so far; None: read off the positions, for which a GPU has to be waited for
         """
         config = self.config
         x = self.embed(tokens)                                                 # [B, T, d]
         if config.scale_embeddings:
             x = x * float(torch.tensor(config.d ** 0.5, dtype=x.dtype))        # rounded as the weights are, as in training
-        views = {kind: look(config, kind, positions, tokens.shape[1], tokens.device) for kind in config.rope}
+        seen = tokens.shape[1] if positions is None else seen or int(positions.max()) + 1
+        views = {kind: look(config, kind, positions, seen, tokens.shape[1], tokens.device) for kind in config.rope}
         fluxes, rewards = [], []
         for layer, (block, kind) in enumerate(zip(self.blocks, config.layer_types)):
             arguments = x, views[kind], steering and steering.at(layer), cache and cache[layer]
@@ -498,8 +502,8 @@ class Transformer(nn.Module):
     def _generate_batch(self, prompts, outputs, max_new_tokens, steering, done):
         """Decode one batch, longest prompt first, appending new ids to `outputs`."""
         device, eos, B = self.embed.weight.device, set(self.config.eos_ids), len(prompts)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)       # [B]
-        cache = self.new_cache(B, len(prompts[0]) + max_new_tokens)
+        lengths, longest = torch.tensor([len(p) for p in prompts], device=device), len(prompts[0])         # [B]
+        cache = self.new_cache(B, longest + max_new_tokens)
         shared = _common_prefix(prompts) if B > 1 else 0                       # at most all but the last token of the shortest
         if shared:                                                             # what all prompts begin with is read once
             first = [(k[:1], v[:1]) for k, v in cache]
@@ -511,7 +515,7 @@ class Transformer(nn.Module):
         positions = torch.arange(shared, shared + rest.shape[1], device=device)[None] if shared else None
         size, x = max(1, PREFILL_TOKENS // rest.shape[1]), []
         for rows in (slice(at, at + size) for at in range(0, B, size)):        # some rows at a time: reading takes more room than writing
-            hidden, *_ = self.hidden(rest[rows], steering, positions, [(k[rows], v[rows]) for k, v in cache])       # [rows, T, d]
+            hidden, *_ = self.hidden(rest[rows], steering, positions, [(k[rows], v[rows]) for k, v in cache], seen=longest)     # [rows, T, d]
             x.append(hidden[torch.arange(len(hidden), device=device), lengths[rows] - shared - 1])         # at each prompt's last token
         x = torch.cat(x)                                                       # [B, d]
         for step in range(max_new_tokens):
@@ -528,7 +532,7 @@ class Transformer(nn.Module):
                 outputs, keep = [outputs[row] for row in alive], torch.tensor(alive, device=device)
                 cache = [(k[keep], v[keep]) for k, v in cache]
                 new, lengths = new[keep], lengths[keep]
-            x, *_ = self.hidden(new[:, None], steering, (lengths + step)[:, None], cache)
+            x, *_ = self.hidden(new[:, None], steering, (lengths + step)[:, None], cache, seen=longest + step + 1)
             x = x[:, 0]                                                        # [B, d]
 
     @torch.inference_mode()
