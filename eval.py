@@ -363,12 +363,12 @@ def find_runs(folder):
         summaries = {file: read_json(file) for file in sorted((run / "eval").glob("*.json")) if find_plain(file.stem)}
         if run.suffix in (".partial", ".old") or not summaries or "model" not in settings:
             continue
-        need(settings, path, model=str, **({} if settings.get("base") else {"seed": int}))
+        need(settings, path, model=str, **({} if is_base(settings) else {"seed": int}))
         for file, summary in summaries.items():
             need(summary, file, accuracy=(int, float))
             if summary.get("task") != file.stem or not 0 <= summary["accuracy"] <= 1:
                 raise BadInput(f"{file}: an accuracy of {summary['accuracy']} for the task {summary.get('task')!r}, which eval.py does not write; score it again")
-        arm = "base" if settings.get("base") else arm_name(as_steering(settings.get("steering"), path))
+        arm = "base" if is_base(settings) else arm_name(as_steering(settings.get("steering"), path))
         runs.append({"model": settings["model"], "arm": arm, "seed": settings.get("seed"), "folder": run,
                      "scores": {summary["task"]: summary["accuracy"] for summary in summaries.values()}})
     runs.sort(key=lambda run: not run["folder"].name.startswith(f"{Path(run['model']).name}-{run['arm']}"))     # the usual names first
@@ -381,6 +381,11 @@ def find_runs(folder):
     if not runs:
         raise BadInput(f"{folder}: no scored run of train.py in this folder; python train.py --steer reg makes one")
     return runs
+
+
+def is_base(settings):
+    """Are these not a run's settings but the mark of a folder that holds a base model's scores? (A run's "base" is that of its steering.)"""
+    return settings.get("base") is True
 
 
 def find_plain(name):
@@ -439,15 +444,15 @@ def comparison_table(rows):
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         suites = list(dict.fromkeys(row["suite"] for row in rows if row["model"] == model))
-        lines += [f"{model}: accuracy in %, mean ± standard error over seeds; below, the difference to none, paired by seed, with its 95% interval",
-                  f"{'arm':<16}{'seeds':>5}  " + "".join(f"{suite:>26}" for suite in suites)]
+        table = []
         for arm in dict.fromkeys(row["arm"] for row in rows if row["model"] == model):
             found = {row["suite"]: row for row in rows if (row["model"], row["arm"]) == (model, arm)}
             cells = [found.get(suite) for suite in suites]
-            lines.append(f"{arm:<16}{max(c['seeds'] for c in cells if c):>5}  " + "".join(f"{percent(c):>26}" for c in cells))
+            table.append([arm, max(cell["seeds"] for cell in cells if cell), *map(percent, cells)])
             if any(cell and cell["difference"] is not None for cell in cells):
-                lines.append(f"{'':<23}" + "".join(f"{difference(cell):>26}" for cell in cells))
-        lines.append("")
+                table.append(["", None, *map(difference, cells)])
+        lines += [f"{model}: accuracy in %, mean ± standard error over seeds; below, the difference to none, paired by seed, with its 95% interval", "",
+                  page.columns(["arm", "seeds", *suites], table), ""]
     return "\n".join(lines + ["none: the interval covers zero, so nothing was shown."])
 
 

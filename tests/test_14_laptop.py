@@ -137,3 +137,11 @@ def test_two_runs_of_one_arm_and_seed_are_two_arms(tmp_path):
         (tmp_path / name / "eval" / "boolq.json").write_text(json.dumps({"task": "boolq", "accuracy": accuracy}))
     rows = {row["arm"]: row["mean"] for row in evaluation.compare(evaluation.find_runs(tmp_path))}
     assert rows == {"none": 0.5, "none (faster)": 0.7, "reg": 0.6}
+
+
+def test_a_run_whose_steering_has_a_base_is_no_base_model(tmp_path):
+    (tmp_path / "m-semantic-reg-seed0" / "eval").mkdir(parents=True)
+    settings = {"model": "x/m", "seed": 0, "base": "reg", "steering": Steering("semantic", base="reg").settings}
+    (tmp_path / "m-semantic-reg-seed0" / "args.json").write_text(json.dumps(settings))
+    (tmp_path / "m-semantic-reg-seed0" / "eval" / "boolq.json").write_text(json.dumps({"task": "boolq", "accuracy": 0.5}))
+    assert [run["arm"] for run in evaluation.find_runs(tmp_path)] == ["semantic-reg"]
