@@ -48,9 +48,10 @@ except ImportError:                    # not on Windows: there the log has no pe
 
 # Three recipes. Every value is a flag; a flag that is not given has the value of the recipe.
 PAPER = {"epochs": 1, "steps": None, "batch": 64, "max_length": 256, "lr": 5e-5, "warmup": 100, "weight_decay": 0.01, "clip": 1.0,
-         "micro_tokens": 4096}                                                    # Appendix A
-TOY = {**PAPER, "epochs": 3, "batch": 32, "lr": 2e-4, "warmup": 20, "micro_tokens": 1024}      # fine-tuning a model in data/toy
-PRETRAIN = {**PAPER, "batch": 32, "max_length": 129, "lr": 2e-3}                  # --pretrain: making one
+         "micro_tokens": None}                                                    # Appendix A
+TOY = {**PAPER, "epochs": 3, "batch": 32, "lr": 2e-4, "warmup": 20}               # fine-tuning a model in data/toy
+PRETRAIN = {**PAPER, "batch": 32, "max_length": 129, "lr": 2e-3, "micro_tokens": 4096}         # --pretrain: making one
+MICRO_TOKENS = {"cpu": 1024, "cuda": 4096}                                        # as many as the caches hold; as many as keep a GPU busy
 TOY_SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
                  rms_norm_eps=1e-6, rope_theta=10_000.0, max_position_embeddings=256, tie_word_embeddings=True)
 TOY_FAMILIES = {                       # --pretrain NAME -> what its config.json says beside the shape
@@ -134,7 +135,7 @@ def read_settings(argv=None):
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="bf16: autocast over fp32 weights (default: bf16 on cuda, else fp32)")
     group.add_argument("--micro-tokens", type=positive, metavar="N", help="tokens, padding included, in one forward pass; lower it if memory is short, "
-                       f"the gradients stay the same {usual('micro_tokens')}")
+                       f"the gradients stay the same (default: {MICRO_TOKENS['cuda']} on cuda, else {MICRO_TOKENS['cpu']})")
     group.add_argument("--checkpoint", action="store_true", help="compute activations twice instead of keeping them: less memory, 1.3 to 1.9 times the time")
     group.add_argument("--compile", action="store_true", help="torch.compile each block: slow to start, then faster on a GPU")
     group.add_argument("--offload", action="store_true", help="keep gradients, optimizer state and master weights in CPU memory: less GPU memory, slower "
@@ -347,6 +348,7 @@ def train(args):
 
     # ---- data and model
     device = pick_device(args.device)
+    args.micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"]
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" else "fp32"
     model, tokenizer, rows, names, remark = (pretraining_data if args.pretrain else fine_tuning_data)(args, device)

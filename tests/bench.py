@@ -442,7 +442,7 @@ def main():
     parser.add_argument("--peer-batch", type=positive, default=32, metavar="N", help="prompts in a batch of the peer (default: 32)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="fewer new tokens than 32 (choice) and 256 (maths)")
     parser.add_argument("--max-length", type=positive, default=256, metavar="N", help="tokens of prompt and response (default: 256)")
-    parser.add_argument("--micro-tokens", type=positive, default=train.PAPER["micro_tokens"], metavar="N", help="as in train.py (default: 4096)")
+    parser.add_argument("--micro-tokens", type=positive, metavar="N", help="as in train.py")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu). On cuda in bf16: autocast in training, weights in decoding")
     parser.add_argument("--threads", type=positive, metavar="N", help="of a CPU (default: torch's own choice)")
     parser.add_argument("--peak-tflops", type=finite, default=790, metavar="X", help="of the GPU, for MFU (default: 790, an H200 in bf16)")
@@ -453,6 +453,7 @@ def main():
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.device = pick_device(args.device)
     args.bf16 = args.device.type == "cuda"
+    args.micro_tokens = args.micro_tokens or train.MICRO_TOKENS[args.device.type]
     task = args.lengths and find(Path(args.lengths).parent.name)
     kinds = [f"{'maths' if task.kind == 'arithmetic' else 'choice'}, {task.name}"] if task else args.kind
     for shape in args.shape:
