@@ -354,7 +354,7 @@ class Block(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ transformer
 
 
-PREFILL_TOKENS = 8192                  # prompt tokens read in one forward pass
+PREFILL_TOKENS = 1024, 8192            # prompt tokens read in one forward pass on a CPU, whose caches are small, and on a GPU
 
 
 class Transformer(nn.Module):
@@ -512,11 +512,14 @@ class Transformer(nn.Module):
                 for seen in layer:
                     seen[1:, :shared] = seen[:1, :shared]
         rest = nn.utils.rnn.pad_sequence([torch.tensor(p[shared:]) for p in prompts], batch_first=True).to(device)    # [B, T]
-        positions = torch.arange(shared, shared + rest.shape[1], device=device)[None] if shared else None
-        size, x = max(1, PREFILL_TOKENS // rest.shape[1]), []
-        for rows in (slice(at, at + size) for at in range(0, B, size)):        # some rows at a time: reading takes more room than writing
-            hidden, *_ = self.hidden(rest[rows], steering, positions, [(k[rows], v[rows]) for k, v in cache], seen=longest)     # [rows, T, d]
+        x, start = [], 0
+        while start < B:                                                       # some rows at a time, of about the same length
+            T = len(prompts[start]) - shared
+            rows = slice(start, start + max(1, PREFILL_TOKENS[device.type == "cuda"] // T))
+            positions = torch.arange(shared, shared + T, device=device)[None] if shared else None
+            hidden, *_ = self.hidden(rest[rows, :T], steering, positions, [(k[rows], v[rows]) for k, v in cache], seen=shared + T)     # [rows, T, d]
             x.append(hidden[torch.arange(len(hidden), device=device), lengths[rows] - shared - 1])         # at each prompt's last token
+            start = rows.stop
         x = torch.cat(x)                                                       # [B, d]
         for step in range(max_new_tokens):
             new = self.logits(x).argmax(-1)                                    # [B]

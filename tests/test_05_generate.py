@@ -43,7 +43,7 @@ def test_every_way_to_split_a_request_gives_the_same_ids(golden):
 
 def test_prompts_read_in_several_passes_give_the_same_ids(golden, monkeypatch):
     model, prompts, expected = golden
-    monkeypatch.setattr("model.PREFILL_TOKENS", 15)
+    monkeypatch.setattr("model.PREFILL_TOKENS", (15, 15))
     assert model.generate(prompts, 24) == expected
     longer = [[5, 6, 7] + prompt for prompt in prompts]
     assert model.generate(longer, 24) == [model.generate([prompt], 24)[0] for prompt in longer]
