@@ -1553,7 +1553,7 @@ def report_sections(folder, model, runs, device):
                                          for label, key in curves.items())))
     if not Path(model).is_dir():
         why = page.paragraph(f"{model}, the model that these runs began with, is not there, so what its memories do cannot be shown.")
-        return sections + [("What the paper claims", claims_table(claims(rows, None, None))), ("Memories", why)]
+        return sections + [("What the paper claims", claims_section(claims(rows, None, None))), ("Memories", why)]
 
     names, data = split_names(settings[0]["task"]), settings[0]["data"]
     names = [name for name in names if "test" in find(name).splits]
@@ -1564,12 +1564,15 @@ def report_sections(folder, model, runs, device):
                           for region in range(3)] for arm, found in regions["arms"].items()}, note=f"share of the key coefficients in the base model's regions, {name}")
     sections.append(("Key regions (the paper's Fig. 4)", body))
 
-    first = {}                                                                 # the first seed of each arm stands for it
-    for arm, _, run in trained:
+    first = {}                                                                 # the first seed of each arm stands for it, the best-known arms first
+    for arm, _, run in sorted(trained, key=lambda run: run[0] not in ("none", "int", "int-value", "reg")):
         first.setdefault(arm, run)
+    first = dict(list(first.items())[:MOST_MODELS])
     items = [(e.prompt, None) for name in names for e in load_examples(data, name, "test")[:max(1, REPORT_ITEMS // len(names))]]
     flux = flux_of([model, *map(str, first.values())], items, max(find(name).max_new_tokens for name in names), device)
     flux["settings"] |= {"task": names, "data": data}
+    for seen in flux["models"]:
+        seen["shown"] = seen["shown"][:SHOWN]
     sections += flux_sections(flux)
 
     base, tokenizer = load(model, device=device)
@@ -1581,16 +1584,25 @@ def report_sections(folder, model, runs, device):
     sections.append(("The most specific memories", page.table(["memory", "Spec", "says first", "then", *[""] * (LISTED - 2)], lines, note=(
         "of the base model; layer:memory. Spec is 1 - H(P) / log V, 0: anything, 1: one token; beside it the tokens that it makes most probable when it is "
         "decoded alone. eval.py --analyse memories shows more"))))
-    return [*sections[:1], ("What the paper claims, and what is seen here", claims_table(claims(rows, regions, flux))), *sections[1:]]
+    return [*sections[:1], ("What the paper claims, and what is seen here", claims_section(claims(rows, regions, flux))), *sections[1:]]
 
 
 REPORT_ITEMS = 60                      # items whose tokens are looked at
-MOST_CURVES = 20
+MOST_CURVES, MOST_MODELS = 20, 6       # curves in a chart; fine-tuned models whose flux is shown
 
 
-def claims_table(found):
-    return page.table(["the paper", "here", "difference, points", "shown?"], found, note="95% intervals over seeds; not shown: the interval covers zero (of flux: within two standard errors). Every comparison made is in this table; one in twenty of "
-                      "them would exclude zero by chance alone.")
+def claims_section(found):
+    """What `claims` found: one plain sentence for each claim, and every comparison behind a click."""
+    body = ""
+    for claim in dict.fromkeys(row[0] for row in found):
+        rows = [row for row in found if row[0] == claim]
+        shown, opposite = (sum(row[3] == words for row in rows) for words in ("as in the paper", "the opposite"))
+        first = rows[0]
+        body += page.paragraph(f"The paper: {claim}. Here it is so in {shown} of {len(rows)} comparison{'s' * (len(rows) > 1)}, the opposite in {opposite}, and not shown in "
+                               f"{len(rows) - shown - opposite} ({first[1]}: {first[2]}).")
+    table = page.table(["the paper", "here", "difference, points", "shown?"], found, note="95% intervals over seeds; not shown: the interval covers zero (of flux: within "
+                       "two standard errors). Every comparison made is in this table; one in twenty of them would exclude zero by chance alone.")
+    return f"{body}<details><summary>Every comparison</summary>{table}</details>"
 
 
 # -------------------------------------------------------------------------------------------------------------- command
