@@ -18,6 +18,9 @@ from helpers import checkpoint_folder, write_task
 ALONE, TWO = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+needs_sharding = pytest.mark.skipif(not train.shards_on_a_cpu(), reason="this PyTorch spreads models over GPUs only")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
@@ -55,6 +58,7 @@ def apart(ours, theirs):
     return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
 
 
+@needs_sharding
 @pytest.mark.parametrize("family, flags", [("llama", ["--steer", "reg", "--lam", "0.05"]), ("gemma2", ["--steer", "semantic", "--p", "0.3", "--checkpoint"])],
                          ids=["llama reg", "gemma2 semantic, recomputed"])
 def test_two_processes_end_with_the_weights_of_one(place, family, flags):
@@ -73,6 +77,7 @@ def test_two_processes_end_with_the_weights_of_one(place, family, flags):
             assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6)
 
 
+@needs_sharding
 def test_optimizer_state_in_cpu_memory_changes_nothing(place):
     train.main(command([], place, "plain")[1:])
     done = call(command(ALONE, place, "offloaded", "--offload"))
@@ -80,6 +85,7 @@ def test_optimizer_state_in_cpu_memory_changes_nothing(place):
     assert apart(weights(place, "offloaded"), weights(place, "plain")) < 1e-5
 
 
+@needs_sharding
 @pytest.mark.parametrize("before, after", [(TWO, ALONE), (ALONE, TWO)], ids=["two, then one", "one, then two"])
 def test_a_run_goes_on_with_another_number_of_processes(place, before, after):
     name = f"resumed-{len(before)}-{len(after)}"

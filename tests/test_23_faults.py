@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import train
 from data import read_json
 from helpers import checkpoint_folder, write_task
-from test_22_processes import ALONE, TWO, apart, call, command, kill_tree, weights
+from test_22_processes import ALONE, TWO, apart, call, command, kill_tree, needs_sharding, weights
 
 KILLS = int(os.environ.get("KILLS", 2))
 FLAGS = ["--steer", "reg", "--lam", "0.05", "--save-every", "2"]
@@ -42,7 +42,7 @@ def whole(folder):
     return True
 
 
-@pytest.mark.parametrize("start", [ALONE, TWO], ids=["one process", "two processes"])
+@pytest.mark.parametrize("start", [ALONE, pytest.param(TWO, marks=needs_sharding)], ids=["one process", "two processes"])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(place, start):
     name, environment = f"killed-{len(start)}", {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = time.time()
@@ -87,6 +87,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_goes_on(place, kilobyte
     assert apart(weights(place, name), weights(place, "undisturbed")) < 1e-5 and not list((place / name).glob("*.part"))
 
 
+@needs_sharding
 def test_a_worker_that_dies_ends_the_run_and_the_last_state_goes_on(place):
     with subprocess.Popen(command(TWO, place, "orphan", *FLAGS), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
