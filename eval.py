@@ -335,12 +335,24 @@ def run_folder(out, model, steering, seed):
     return Path(out, f"{Path(model).name}-{arm_name(steering)}-seed{seed}")
 
 
+def base_folder(out, model):
+    """The folder beside the runs that holds their base model's scores, made and marked as such."""
+    base = Path(out, f"{Path(model).name}-base")
+    base.mkdir(parents=True, exist_ok=True)
+    write_whole(base / "args.json", json.dumps({"model": model, "base": True}) + "\n")
+    return base
+
+
+def finished(folder):
+    """The folders in a folder that have settings and are not in the making: [(folder, settings, the file they are in)]."""
+    return [(path.parent, read_run(path.parent), path) for path in sorted(Path(folder).glob("*/args.json")) if path.parent.suffix not in (".partial", ".old")]
+
+
 def runs_from(folder, model):
     """The finished runs of train.py in a folder that began with this model: [(arm, seed, their folder)], plain fine-tuning first."""
     found = []
-    for path in sorted(Path(folder).glob("*/args.json")):
-        settings, run = read_run(path.parent), path.parent
-        if run.suffix in (".partial", ".old") or "steering" not in settings:
+    for run, settings, path in finished(folder):
+        if "steering" not in settings:
             continue
         need(settings, path, model=str, seed=int)
         if Path(settings["model"]).resolve() == Path(model).resolve():
@@ -358,10 +370,9 @@ def find_runs(folder):
     recipes, say) the one in the folder of another name is an arm of its own, called after it.
     """
     runs = []
-    for path in sorted(Path(folder).glob("*/args.json")):
-        settings, run = read_run(path.parent), path.parent
+    for run, settings, path in finished(folder):
         summaries = {file: read_json(file) for file in sorted((run / "eval").glob("*.json")) if find_plain(file.stem)}
-        if run.suffix in (".partial", ".old") or not summaries or "model" not in settings:
+        if not summaries or "model" not in settings:
             continue
         need(settings, path, model=str, **({} if is_base(settings) else {"seed": int}))
         for file, summary in summaries.items():
@@ -415,10 +426,8 @@ def compare(runs, suites=None):
                        "difference": None, "interval": None}
                 pairs = [accuracy - at["none"][seed] for seed, accuracy in at[arm].items() if seed in at["none"]]
                 if arm not in order and pairs:
-                    row["difference"], error = mean_and_error(pairs)
-                    if error is not None:
-                        width = T975[min(len(pairs) - 1, len(T975)) - 1] * error
-                        row["interval"] = [row["difference"] - width, row["difference"] + width]
+                    row["difference"], *ends = interval(pairs)
+                    row["interval"] = None if None in ends else ends
                 rows.append(row)
     return rows
 
@@ -439,6 +448,15 @@ def mean_and_error(values):
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
+def interval(values):
+    """Mean and 95% interval (Student's t) of a few numbers: (mean, low, high), the ends None for a single one."""
+    mean, error = mean_and_error(values)
+    if error is None:
+        return mean, None, None
+    width = T975[min(len(values) - 1, len(T975)) - 1] * error
+    return mean, mean - width, mean + width
+
+
 def comparison_table(rows):
     """The rows of `compare` -> the lines of a table for people, in percentage points."""
     lines = []
@@ -456,8 +474,13 @@ def comparison_table(rows):
     return "\n".join(lines + ["none: the interval covers zero, so nothing was shown."])
 
 
+def with_error(mean, error):
+    """A share as percent: 0.123, 0.004 -> "12.3 ± 0.4"."""
+    return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
 def percent(cell):
-    return "" if cell is None else f"{100 * cell['mean']:.1f}" + ("" if cell["standard_error"] is None else f" ± {100 * cell['standard_error']:.1f}")
+    return "" if cell is None else with_error(cell["mean"], cell["standard_error"])
 
 
 def difference(cell):
@@ -530,7 +553,7 @@ def memory_profile(model, rows, steering, seed=0):
     rows: the training data, [(ids, number of prompt ids)].
     """
     needs, L, d_m, device = METHODS[steering.method].needs, model.config.n_layers, model.config.d_m, model.embed.weight.device
-    decode = model.embed.weight if model.head is None else model.head.weight               # [V, d]
+    decode = model.decode                                                      # [V, d]
     profile = {}
     if "usage" in needs:
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:DEVELOPMENT].tolist()
@@ -648,11 +671,11 @@ def change_line(model, prompts, steering):
 # Each takes the command's arguments and returns (what --json prints, what people read).
 
 
-def task_texts(tokenizer, names, data, n, split="test"):
-    """The first n // len(names) items of each task, as ids of prompt and gold response."""
+def task_texts(tokenizer, names, data, n):
+    """The first n // len(names) test items of each task, as ids of prompt and gold response."""
     each = max(1, n // len(names))
     return [tokenizer.encode(e.prompt, special=False) + tokenizer.encode(e.response, bos=False, special=False)
-            for name in names for e in load_examples(data, name, split)[:each]]
+            for name in names for e in load_examples(data, name, "test")[:each]]
 
 
 def key_regions(model, texts, cuts):
@@ -721,15 +744,10 @@ def regions_text(result, per_layer=False):
     return "\n".join(lines)
 
 
-def with_error(mean, error, digits=1):
-    """A share as percent: 0.123, 0.004 -> "12.3 ± 0.4"."""
-    return f"{100 * mean:.{digits}f}" + ("" if error is None else f" ± {100 * error:.{digits}f}")
-
-
 # ---- memories: what single ones say, and what calls them
 
 CONCEPTS = 10                          # a memory's concept: its most probable tokens
-LISTED = 5                              # memories shown at either end of a layer, and tokens of each where many memories are shown
+LISTED = 5                             # memories shown at either end of a layer, and tokens of each where many memories are shown
 FOUND = 20                             # memories shown for a token
 LARGEST, SMALLEST = 5, 3               # contexts kept for each memory: with the largest coefficients, and with the most negative ones
 CONTEXT = 12                           # tokens of a context that are shown, the triggering one included
@@ -808,7 +826,7 @@ def single_token(text, tokenizer):
 
 def development_examples(args):
     """--items examples of the tasks, drawn by a fixed seed: of the training split, or of the test split where there is no other."""
-    names = split_names(args.task) if args.task else [name for name, task in TOY.items() if "train" in task.splits]
+    names = split_names(args.task or TOY_TRAINING)
     examples = [example for name in names for example in load_examples(args.data or TOY_FOLDER, name, "train" if "train" in find(name).splits else "test")]
     return [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:args.items].tolist()]
 
@@ -890,7 +908,7 @@ def memory_index(model, path, overwrite=False):
     if done == L:
         return index
     # In fp32, whatever the weights are in: bf16 would round the logits to three digits, and tokens would tie. One copy of the head is all it takes.
-    decode = (model.embed if model.head is None else model.head).weight.float()                        # [V, d]
+    decode = model.decode.float()                        # [V, d]
     with tqdm(total=L * d_m, initial=done * d_m, desc="decoding memories", unit="memory", disable=None) as bar:
         for layer in range(done, L):
             v, said = model.blocks[layer].memory.values.weight.T.float(), []                           # [d_m, d]
@@ -998,7 +1016,7 @@ def all_memories(result, tokenizer, index, triggers, texts):
 @torch.inference_mode()
 def token_search(result, model, tokenizer, token, index):
     """The memories of all layers that give a token the largest probability, and its rank among what each of them says."""
-    decode = (model.embed if model.head is None else model.head).weight                                # [V, d]
+    decode = model.decode                                # [V, d]
     w, L, d_m = decode[token].float(), result["layers"], result["memories"]
     log_p = torch.stack([token_log_probability(block.memory.values.weight.T.float(), w, log_z.to(w.device))
                          for block, log_z in zip(model.blocks, index["log_z"])]).cpu()                 # [n_layers, d_m]
@@ -1022,7 +1040,7 @@ def token_search(result, model, tokenizer, token, index):
 @torch.inference_mode()
 def one_memory(result, model, tokenizer, layer, memory, triggers, texts, examples):
     """One memory, layer from 0: what it says, and the contexts with its largest and its most negative coefficients."""
-    decode = (model.embed if model.head is None else model.head).weight
+    decode = model.decode
     v = model.blocks[layer].memory.values.weight[:, memory].float()                                    # [d]
     log_p = torch.cat([piece.float() @ v for piece in decode.split(2**14)]).log_softmax(0)             # [V]
     h = entropy(log_p)
@@ -1116,7 +1134,6 @@ def train_missing(args, arms, model, task, data):
             raise BadInput(f"training {out} failed: {why[-1] if why else 'see above'}")
 
     if missing:
-        seconds = None
         with tempfile.TemporaryDirectory() as probe:                           # a few steps tell how long it will take
             train(Path(probe, "run"), "--steps", "3", "--warmup", "1", quiet=True)
             settings = read_run(Path(probe, "run"))
@@ -1153,9 +1170,7 @@ def analyse_sweep(name, args):
     def scored(folder, out=None):
         return {summary["task"]: summary["accuracy"] for summary in score(folder, tested, data, out, device=device, limit=args.limit)}
 
-    base = Path(args.runs, f"{Path(model).name}-base")
-    base.mkdir(parents=True, exist_ok=True)
-    write_whole(base / "args.json", json.dumps({"model": model, "base": True}) + "\n")
+    base = base_folder(args.runs, model)
     runs = [{"model": model, "arm": "base", "seed": None, "scores": scored(model, base / "eval")}]
     labels = {arm_name(steering): label for label, steering in arms.items()}
     for steering, seed, folder in tqdm(wanted, desc="scoring runs", unit="run", disable=None):
@@ -1450,22 +1465,17 @@ ANALYSES = {
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def interval(values):
-    """Mean and 95% interval (Student's t) of a few numbers: (mean, low, high), the ends None for a single one."""
-    mean, error = mean_and_error(values)
-    if error is None:
-        return mean, None, None
-    width = T975[min(len(values) - 1, len(T975)) - 1] * error
-    return mean, mean - width, mean + width
-
-
 def verdict(values, sign=1):
     """Does a difference have the sign that the paper reports? Its values over seeds -> (words, numbers in percentage points)."""
     mean, low, high = (None if x is None else 100 * x for x in interval(values))
     if low is None:
         return "not shown: one seed", f"{mean:+.1f}"
-    words = "not shown" if low <= 0 <= high else "as in the paper" if (mean > 0) == (sign > 0) else "the opposite"
-    return words, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return judged(low, high, sign), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def judged(low, high, sign=1):
+    """What an interval says of a claim that a difference has a sign."""
+    return "not shown" if low <= 0 <= high else "as in the paper" if (low > 0) == (sign > 0) else "the opposite"
 
 
 def claims(rows, regions, flux):
@@ -1475,9 +1485,8 @@ def claims(rows, regions, flux):
     for method, name in (("int", "raising the smallest coefficients (int)"), ("reg", "rewarding the key entropy (reg)")):
         for row in compared:
             if row["arm"].partition("-")[0] == method:
-                low, high = row["interval"]
-                words = "not shown" if low <= 0 <= high else "as in the paper" if low > 0 else "the opposite"
-                found.append([f"{name} beats plain fine-tuning (Tables 1, 2 and 4)", f"{row['arm']}, {row['suite']}", difference(row).removeprefix("none "), words])
+                found.append([f"{name} beats plain fine-tuning (Tables 1, 2 and 4)", f"{row['arm']}, {row['suite']}", difference(row).removeprefix("none "),
+                              judged(*row["interval"])])
     arms = regions["arms"] if regions else {}
 
     def shift(arm, region, against):
@@ -1564,12 +1573,9 @@ def report_sections(folder, model, runs, device):
                           for region in range(3)] for arm, found in regions["arms"].items()}, note=f"share of the key coefficients in the base model's regions, {name}")
     sections.append(("Key regions (the paper's Fig. 4)", body))
 
-    first = {}                                                                 # the first seed of each arm stands for it, the best-known arms first
-    for arm, _, run in sorted(trained, key=lambda run: run[0] not in ("none", "int", "int-value", "reg")):
-        first.setdefault(arm, run)
-    first = dict(list(first.items())[:MOST_MODELS])
+    first = sorted(first_runs(folder, model), key=lambda run: arm_of(run)[0] not in ("none", "int", "int-value", "reg"))[:MOST_MODELS]     # the best-known arms
     items = [(e.prompt, None) for name in names for e in load_examples(data, name, "test")[:max(1, REPORT_ITEMS // len(names))]]
-    flux = flux_of([model, *map(str, first.values())], items, max(find(name).max_new_tokens for name in names), device)
+    flux = flux_of([model, *first], items, max(find(name).max_new_tokens for name in names), device)
     flux["settings"] |= {"task": names, "data": data}
     for seen in flux["models"]:
         seen["shown"] = seen["shown"][:SHOWN]

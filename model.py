@@ -402,9 +402,14 @@ class Transformer(nn.Module):
         hidden, flux, reward = self.hidden(tokens, steering, checkpoint=checkpoint)
         return self.logits(hidden.flatten(0, 1)[at]), flux, reward
 
+    @property
+    def decode(self):
+        """The LM head's weight, W_decode: [V, d]."""
+        return self.embed.weight if self.head is None else self.head.weight
+
     def logits(self, hidden):
         """The LM head: hidden states [..., d] -> logits [..., V] in fp32."""
-        logits = F.linear(hidden, self.embed.weight if self.head is None else self.head.weight).float()
+        logits = F.linear(hidden, self.decode).float()
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -34,7 +34,7 @@ from data import BadInput
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
 from data.tokenizer import Tokenizer
 from data.world import DOCUMENTS, World, documents
-from eval import (BAR, PROFILE, RANK, TOY_FOLDER, TOY_TRAINING, WORLD, Parser, arm_name, change_line, command, compare, comparison_table, find_runs,
+from eval import (BAR, PROFILE, RANK, TOY_FOLDER, TOY_TRAINING, WORLD, Parser, arm_name, base_folder, change_line, command, compare, comparison_table, find_runs,
                   finite, join, load, load_profile, memory_profile, pick_device, positive, read_run, run_folder, save_profile, score, side_by_side,
                   split_names, wait, write_whole)
 from infosteer import BASES, METHODS, NORMALISATIONS, RANKINGS, Steering, meaningful, parse_layers
@@ -588,9 +588,7 @@ def main(argv=None):
         return print(f"next       python eval.py --model {runs[0][0].out} --task {args.task} --data {args.data}")
 
     # ---- the laptop experiment: score the base model and every run on all three suites
-    base = Path(runs[0][0].out).with_name(f"{Path(args.model).name}-base")
-    base.mkdir(parents=True, exist_ok=True)
-    write_whole(base / "args.json", json.dumps({"model": args.model, "base": True}) + "\n")
+    base = base_folder(Path(runs[0][0].out).parent, args.model)
     scores = {"base": score(args.model, list(TOY_TASKS), os.path.relpath(TOY_FOLDER), base / "eval", device=args.device, overwrite=args.overwrite)}
     for run, _ in runs:
         scores[f"{arm_name(run.steering)} seed {run.seed}"] = score(run.out, list(TOY_TASKS), os.path.relpath(TOY_FOLDER), device=args.device)
