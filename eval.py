@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,7 @@ def command(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (BadInput, OSError) as error:
+        time.sleep(5 * bool(RANK))                             # process 0 says the same first, and torchrun ends this one before it can
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
