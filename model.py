@@ -8,6 +8,7 @@ make them, in one alphabet:
 import json
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +23,10 @@ from data import BadInput, read_json
 # ---------------------------------------------------------------------------------------------------------- configuration
 
 
-def gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": gelu_tanh}
+ACTIVATIONS = {                        # name in config.json -> the function, and its backward pass: (gradient, x) -> gradient
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+}
 
 # model_type in config.json -> how the family differs from plain Llama. `defaults` are the keys that published files leave out.
 GEMMA = dict(
@@ -218,7 +218,26 @@ class RMSNorm(nn.Module):
         self.offset, self.eps = config.norm_offset, config.norm_eps
 
     def forward(self, x):                                                      # [..., d]
-        return F.rms_norm(x.float(), self.weight.shape, self.offset + self.weight.float(), self.eps).to(x.dtype)
+        y = F.rms_norm(x.float(), self.weight.shape, self.offset + self.weight.float(), self.eps)
+        device = x.device.type                                                 # under autocast, cast once for all the layers that read it
+        return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up. Written out because autograd would keep act(gate) too, a quarter of what the memory keeps for its backward pass; it is
+    computed again instead, which is cheap."""
+
+    @staticmethod
+    def forward(ctx, gate, up, act):
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act[0](gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (gate, up), (act, act_backward) = ctx.saved_tensors, ctx.act
+        return act_backward(grad * up, gate), grad * act(gate), None
 
 
 class KeyValueMemory(nn.Module):
@@ -236,7 +255,7 @@ class KeyValueMemory(nn.Module):
         self.act = ACTIVATIONS[config.act]
 
     def forward(self, h, steering=None):                                       # h: [B, T, d]
-        k = self.act(self.key_gate(h)) * self.key_up(h)                        # [B, T, d_m]  key coefficients
+        k = _Gated.apply(self.key_gate(h), self.key_up(h), self.act)           # [B, T, d_m]  key coefficients: act(h W_gate) * (h W_up)
         flux = reward = None
         if steering is not None:
             k = steering.change(k)                                             # int, and others of the forward pass: raise the smallest (eq. 4)

@@ -1,15 +1,16 @@
 """After this file you know what a key-value memory is, in numbers small enough for paper: three memories in two dimensions."""
+import pytest
 import torch
 
 from infosteer import Steering
-from model import Config, KeyValueMemory, Transformer
+from model import ACTIVATIONS, Config, KeyValueMemory, Transformer, _Gated
 
 TINY = dict(model_type="llama", vocab_size=50, hidden_size=2, intermediate_size=3, num_hidden_layers=1, num_attention_heads=1)
 
 
 def three_memories():
     memory = KeyValueMemory(Config.from_dict(TINY))
-    memory.act = torch.relu                                       # so that every number is a whole one
+    memory.act = torch.relu, None                                     # so that every number is a whole one
     with torch.no_grad():
         memory.key_gate.weight.copy_(torch.tensor([[1., 0.], [0., 1.], [-1., 1.]]))      # [d_m, d]  one row a memory
         memory.key_up.weight.copy_(torch.tensor([[1., 1.], [1., 0.], [0., 2.]]))
@@ -71,3 +72,33 @@ def test_a_layers_own_memory_vectors_get_no_gradient_from_its_entropy():
     reward.sum().backward()
     assert model.blocks[0].memory.values.weight.grad is None
     assert model.blocks[0].memory.key_gate.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_the_gate_has_the_gradient_of_its_formula(act):
+    gate, up, grad = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gate, up = (10 * gate).requires_grad_(), up.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: _Gated.apply(*x, ACTIVATIONS[act]), (gate, up))
+    ours, plain = _Gated.apply(gate, up, ACTIVATIONS[act]), ACTIVATIONS[act][0](gate) * up
+    assert torch.equal(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, (gate, up), grad), torch.autograd.grad(plain, (gate, up), grad)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bf16, steering", [(False, None), (False, Steering("reg")), (False, Steering("int")), (True, Steering("none"))])
+def test_the_layer_keeps_its_input_its_gates_and_its_keys(bf16, steering):
+    # Beside the weights: h, h W_gate, h W_up and k, each once; act(h W_gate) is computed again. Entropies and signs are small.
+    block = Transformer(Config.from_dict({**TINY, "hidden_size": 32, "intermediate_size": 512})).initialise(1).blocks[0]
+    kept = {}
+
+    def keep(tensor):
+        if tensor.numel() in (2 * 8 * 32, 2 * 8 * 512):                   # neither weights nor small
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        h = block.memory_norm(torch.randn(2, 8, 32, requires_grad=True))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            answer = block.memory(h, steering)
+    assert sorted(tensor.numel() // 16 for tensor in kept.values()) == [32, 512, 512, 512]
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16 if bf16 else torch.float32} and answer[0].requires_grad
