@@ -255,7 +255,7 @@ class KeyValueMemory(nn.Module):
         self.act = ACTIVATIONS[config.act]
 
     def forward(self, h, steering=None):                                       # h: [B, T, d]
-        k = _Gated.apply(self.key_gate(h), self.key_up(h), self.act)           # [B, T, d_m]  key coefficients: act(h W_gate) * (h W_up)
+        k = _Gated.apply(self.key_gate(h), self.key_up(h), self.act)           # [B, T, d_m]  key coefficients, act(key_gate(h)) * key_up(h)
         flux = reward = None
         if steering is not None:
             k = steering.change(k)                                             # int, and others of the forward pass: raise the smallest (eq. 4)

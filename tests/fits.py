@@ -3,8 +3,9 @@
     python tests/fits.py
 
 Weights, gradients and AdamW's two moments are fp32: 4 + 4 + 8 bytes a parameter. What a step keeps for its backward pass is measured by running
-the forward pass on tensors without data (shapes and number formats only), in bf16 as on a GPU; this includes the bf16 copies of
-the weights. On top come a copy of the logits' gradient and, in smaller parts, what a kernel needs for a moment, which is not counted: leave a tenth free.
+the forward pass on tensors without data (shapes and number formats only), in bf16 as on a GPU; this includes the bf16 copies of the weights
+and, for every norm, an fp32 copy of its input that CUDA's kernel does without. On top come a copy of the logits' gradient and, in smaller
+parts, what a kernel needs for a moment, which is not counted: leave a tenth free.
 """
 import json
 import sys
