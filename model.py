@@ -240,6 +240,9 @@ class _Gated(torch.autograd.Function):
         return act_backward(grad * up, gate), grad * act(gate), None
 
 
+gated = _Gated.apply                   # (gate, up, (act, its backward pass)) -> act(gate) * up
+
+
 class KeyValueMemory(nn.Module):
     """The feed-forward layer, read as an associative memory: FFN(h) = sum_i k_i v_i (eq. 3, and section 4.4 for the gate).
 
@@ -255,7 +258,7 @@ class KeyValueMemory(nn.Module):
         self.act = ACTIVATIONS[config.act]
 
     def forward(self, h, steering=None):                                       # h: [B, T, d]
-        k = _Gated.apply(self.key_gate(h), self.key_up(h), self.act)           # [B, T, d_m]  key coefficients, act(key_gate(h)) * key_up(h)
+        k = gated(self.key_gate(h), self.key_up(h), self.act)                  # [B, T, d_m]  key coefficients: act(key_gate(h)) * key_up(h)
         flux = reward = None
         if steering is not None:
             k = steering.change(k)                                             # int, and others of the forward pass: raise the smallest (eq. 4)

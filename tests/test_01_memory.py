@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from infosteer import Steering
-from model import ACTIVATIONS, Config, KeyValueMemory, Transformer, _Gated
+from model import ACTIVATIONS, Config, KeyValueMemory, Transformer, gated
 
 TINY = dict(model_type="llama", vocab_size=50, hidden_size=2, intermediate_size=3, num_hidden_layers=1, num_attention_heads=1)
 
@@ -78,8 +78,8 @@ def test_a_layers_own_memory_vectors_get_no_gradient_from_its_entropy():
 def test_the_gate_has_the_gradient_of_its_formula(act):
     gate, up, grad = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gate, up = (10 * gate).requires_grad_(), up.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *x: _Gated.apply(*x, ACTIVATIONS[act]), (gate, up))
-    ours, plain = _Gated.apply(gate, up, ACTIVATIONS[act]), ACTIVATIONS[act][0](gate) * up
+    assert torch.autograd.gradcheck(lambda *x: gated(*x, ACTIVATIONS[act]), (gate, up))
+    ours, plain = gated(gate, up, ACTIVATIONS[act]), ACTIVATIONS[act][0](gate) * up
     assert torch.equal(ours, plain)
     for a, b in zip(torch.autograd.grad(ours, (gate, up), grad), torch.autograd.grad(plain, (gate, up), grad)):
         assert torch.equal(a, b)
