@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -215,14 +216,17 @@ class Peer:
 def in_turns(works, repeats, device):
     """{name: function of the turn} -> {name: seconds of each turn}. Turn 0 is not counted; each turn begins with another."""
     seconds = {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name in [*works][turn % len(works):] + [*works][:turn % len(works)]:
-            wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-            wait()
-            began = time.perf_counter()
-            works[name](turn)
-            wait()
-            seconds[name].append(time.perf_counter() - began)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with tqdm(total=(repeats + 1) * len(works), desc="measuring", unit="run", leave=False, disable=None) as bar:
+        for turn in range(repeats + 1):
+            for name in [*works][turn % len(works):] + [*works][:turn % len(works)]:
+                bar.set_postfix_str(name)
+                wait()
+                began = time.perf_counter()
+                works[name](turn)
+                wait()
+                seconds[name].append(time.perf_counter() - began)
+                bar.update()
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -369,7 +373,7 @@ def measure_loading(args, shape, raw):
     with tempfile.TemporaryDirectory() as folder:
         Transformer(Config.from_dict(raw)).initialise(0).to(torch.bfloat16).save_pretrained(folder)
         found = {name: [] for name in ["ours"] + [raw["architectures"][0]] * bool(args.against)}
-        for turn in range(args.repeats + 1):
+        for turn in tqdm(range(args.repeats + 1), desc="loading", unit="turn", leave=False, disable=None):
             for name, values in found.items():
                 done = subprocess.run([sys.executable, "-c", LOAD, ROOT, folder, name, str(torch.get_num_threads())], capture_output=True, text=True)
                 if done.returncode:
