@@ -249,7 +249,8 @@ class _KeyEntropy(torch.autograd.Function):
         k, entropy, total = ctx.saved_tensors
         grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)               # [..., d_m]
         for rows, out, h, s, g in zip(*_pieces(k, grad_k, entropy, total, grad.contiguous())):
-            slope = _magnitudes(rows).log_().neg_().add_((s.log() - h)[:, None])
+            slope = _magnitudes(rows).log_()
+            torch.sub((s.log() - h)[:, None], slope, out=slope)
             out.copy_(slope.mul_((g / s)[:, None]).mul_(rows.sign()))
         return grad_k
 
