@@ -87,9 +87,11 @@ def command(main):
         time.sleep(5 * bool(RANK))                             # process 0 says the same first, and torchrun ends this one before it can
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{name}: error: out of GPU memory; first lower --micro-tokens (training) or --cache-gb (evaluation), "
-              "then add --checkpoint, then --offload (training)", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):      # so says a CPU
+            raise
+        print(f"{name}: error: out of memory; first lower --micro-tokens (training) or --cache-gb (evaluation), "
+              "then add --checkpoint, then, on a GPU, --offload (training)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; what was saved is kept", file=sys.stderr)

@@ -6,13 +6,16 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import eval as evaluation
 import train
+from conftest import ROOT
 from data import read_json
 from helpers import checkpoint_folder, write_task
 from test_22_processes import ALONE, TWO, apart, call, command, kill_tree, needs_sharding, weights
@@ -136,13 +139,32 @@ def test_two_at_once_do_not_train_one_run(place):
         assert (place / "busy.partial" / "args.json").read_bytes() == settings
 
 
-def test_out_of_memory_says_which_flags_to_turn_first(monkeypatch, capsys):
-    import eval as evaluation
+IN_ORDER = "error: out of memory", "--micro-tokens", "--checkpoint", "--offload"
 
+
+def test_a_gpu_out_of_memory_says_which_flags_to_turn_first(capsys):
     def starve():
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(SystemExit) as stopped:
         evaluation.command(starve)
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and line.count("\n") == 1
-    assert line.index("--micro-tokens") < line.index("--checkpoint") < line.index("--offload")
+    assert sorted(IN_ORDER, key=line.index) == list(IN_ORDER)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_cpu_out_of_memory_says_it_too(place):
+    # in truth: a process that may take 64 MiB more than it has when everything is imported
+    limited = ("import re, resource, sys, train; from eval import command; size = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10; "
+               "resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2); sys.argv[0] = 'train.py'; command(train.main)")
+    flags = ["--batch", "3000", "--micro-tokens", "1000000", "--train-only", "--device", "cpu", "--out", str(place / "hungry")]
+    done = subprocess.run([sys.executable, "-c", limited, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not (place / "hungry").exists() and "Traceback" not in done.stderr, done.stderr
+    assert sorted(IN_ORDER, key=done.stderr.index) == list(IN_ORDER)
+
+
+def test_a_bug_keeps_its_traceback():
+    def stumble():
+        raise RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        evaluation.command(stumble)
