@@ -21,6 +21,7 @@ import tempfile
 import textwrap
 import time
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def join(device, alone=False):
     """Meet the other processes that torchrun started, if any, on a CPU or on GPUs; with `alone`, be a group of one."""
     if not dist.is_initialized() and (WORLD > 1 or alone):
         meeting = {} if WORLD > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **meeting)
+        patience = timedelta(hours=12)                         # process 0 may load a large model, or look at its memories, while the others wait
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience, **meeting)
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
