@@ -301,10 +301,12 @@ def measure_steps(args, shape, kind, raw):
         exact = peak_of(lambda: torch.empty(2**20).add_(torch.empty(2**18).sum()), torch.nn.Module(), torch.device("cpu"))
         assert 0 <= exact - 5 * 2**20 < 2**12, f"a peak of 5 MiB is measured as {exact} bytes"
         if args.against:
-            few = partial(backward, args, model, "none", budget=PEER_MICRO * max(len(ids) for ids, _ in data[0]))
-            works[f"none, {PEER_MICRO} at once"], to[f"none, {PEER_MICRO} at once"], to["none"] = (model, few), "peer", None
-            works["peer's forward pass"], to["peer's forward pass"] = (peer.model, partial(peer.backward, forward=True)), None
-            works["forward pass"], to["forward pass"] = (model, partial(few, forward=True)), "peer's forward pass"
+            for also, checkpoint in (("", False), (" + checkpoint", True)):
+                few = partial(backward, args, model, "none", checkpoint=checkpoint, budget=PEER_MICRO * max(len(ids) for ids, _ in data[0]))
+                works[f"none{also}, {PEER_MICRO} at once"], to[f"none{also}, {PEER_MICRO} at once"] = (model, few), "peer"
+                works[f"forward pass{also}"], to[f"forward pass{also}"] = (model, partial(few, forward=True)), "peer's forward pass"
+            works["peer's forward pass"] = peer.model, partial(peer.backward, forward=True)
+            to["peer's forward pass"] = to["none"] = None              # the peer takes fewer tokens at once
         seen = (name for name in works if args.device.type == "cuda" or "compile" not in name)         # the profiler does not see buffers of compiled code
         peaks = {name: peak_of(partial(works[name][1], data[0]), works[name][0], args.device) for name in seen}
         for name, peak in peaks.items():
