@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -214,12 +215,12 @@ class Peer:
 
 
 def in_turns(works, repeats, device):
-    """{name: function of the turn} -> {name: seconds of each turn}. Turn 0 is not counted; each turn begins with another."""
+    """{name: function of the turn} -> {name: seconds of each turn}. Turn 0 is not counted; each turn has another order, since what ran before is felt."""
     seconds = {name: [] for name in works}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with tqdm(total=(repeats + 1) * len(works), desc="measuring", unit="run", leave=False, disable=None) as bar:
         for turn in range(repeats + 1):
-            for name in [*works][turn % len(works):] + [*works][:turn % len(works)]:
+            for name in random.Random(turn).sample([*works], len(works)):
                 bar.set_postfix_str(name)
                 wait()
                 began = time.perf_counter()
