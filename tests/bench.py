@@ -458,6 +458,13 @@ def main():
     args = parser.parse_args()
     if args.against and not importlib.util.find_spec("transformers"):
         raise BadInput("--against hf needs the transformers library, which is not installed here; nothing else does")
+    if args.lengths and not Path(args.lengths).is_file():
+        raise BadInput(f"--lengths {args.lengths}: no such file; DATA/TASK/train.json or test.json is needed, as python data/prepare.py makes them")
+    if args.max_length < 2:
+        raise BadInput("--max-length 1 has no room for a prompt and a response")
+    if args.json:
+        Path(args.json).resolve().parent.mkdir(parents=True, exist_ok=True)    # now, and not after all the work
+        open(args.json, "a").close()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.device = pick_device(args.device)
     args.bf16 = args.device.type == "cuda"

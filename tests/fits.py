@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval import Parser
 from infosteer import Steering
 from model import Config, Transformer
 
@@ -57,6 +58,7 @@ def kept_bytes(config, tokens, checkpoint):
 
 
 def main():
+    Parser(prog="tests/fits.py", description=__doc__).parse_args()
     print("| model | parameters | weights + gradients + AdamW | kept for backward, 4,096 tokens | 1,024 | 1,024 with `--checkpoint` | "
           + " | ".join(f"{card} GB" for card in CARDS) + " |")
     print("|---" * (6 + len(CARDS)) + "|")
