@@ -139,7 +139,7 @@ def read_settings(argv=None):
     group.add_argument("--checkpoint", action="store_true", help="compute activations twice instead of keeping them: less memory, 1.3 to 1.9 times the time")
     group.add_argument("--compile", action="store_true", help="torch.compile each block: slow to start, then faster on a GPU")
     group.add_argument("--offload", action="store_true", help="keep gradients, optimizer state and master weights in CPU memory: less GPU memory, slower "
-                       "(torchrun --nproc-per-node N train.py ... spreads them over N GPUs instead, or as well)")
+                       "(torchrun --nproc-per-node N -- train.py ... spreads them over N GPUs instead, or as well)")
     group.add_argument("--save-every", type=positive, metavar="N", help="save the state of the run every N steps, for --resume")
     group.add_argument("--train-only", action="store_true", help="the laptop experiment: do not score base and run afterwards")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run, given the same flags")

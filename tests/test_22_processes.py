@@ -15,7 +15,7 @@ import train
 from conftest import ROOT
 from helpers import checkpoint_folder, write_task
 
-ALONE, TWO = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ALONE, TWO = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
 
 needs_sharding = pytest.mark.skipif(not train.shards_on_a_cpu(), reason="this PyTorch spreads models over GPUs only")
