@@ -298,8 +298,8 @@ HANDED_OUT = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 def shards_on_a_cpu():
-    """Can this version of PyTorch spread a model without a GPU? 2.13 can and 2.6 cannot; nothing between was tried."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    """Can this version of PyTorch spread a model without a GPU? 2.9 can and 2.6 cannot; nothing between was tried."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 def spread(args):
@@ -313,7 +313,7 @@ def shard(model, device, offload):
     A block's tensors are put together when it is used, and its gradients are summed and divided as they come.
     """
     if device.type == "cpu" and not shards_on_a_cpu():
-        raise BadInput(f"several processes, and --offload, need torch 2.13 where there is no GPU; this is {torch.__version__}")
+        raise BadInput(f"several processes, and --offload, need torch 2.9 where there is no GPU; this is {torch.__version__}")
     with torch.device("meta"):
         sharded = Transformer(model.config)
     mesh, policy = init_device_mesh(device.type, (WORLD,)), CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
