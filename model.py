@@ -220,7 +220,8 @@ class RMSNorm(nn.Module):
     def forward(self, x):                                                      # [..., d]
         y = F.rms_norm(x.float(), self.weight.shape, self.offset + self.weight.float(), self.eps)
         device = x.device.type                                                 # under autocast, cast once for all the layers that read it
-        return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)       # the meta device knows of none
+        return y.to(torch.get_autocast_dtype(device) if autocast else x.dtype)
 
 
 class _Gated(torch.autograd.Function):

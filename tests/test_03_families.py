@@ -114,3 +114,9 @@ def test_a_configuration_that_cannot_be_built_is_refused_in_one_line(change, wor
     with pytest.raises(BadInput, match=word) as error:
         Config.from_dict({**LLAMA, **change}, "DIR/config.json")
     assert str(error.value).startswith("DIR/config.json: ") and "\n" not in str(error.value)
+
+
+def test_a_model_without_memory_tells_its_shapes():
+    with torch.device("meta"):
+        model, tokens = Transformer(Config.from_pretrained(GOLDEN / "models" / "llama3")), torch.zeros(2, 9, dtype=torch.long)
+    assert model(tokens).shape == (2, 9, model.config.vocab_size)
