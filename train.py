@@ -366,8 +366,9 @@ def train(args):
     steering, profile_file = args.steering, work / PROFILE
     if METHODS[steering.method].needs and RANK == 0:
         source = args.memory_profile or (profile_file if args.resume and profile_file.is_file() else None)
+        home = model.embed.weight.device                                       # a CPU, if the model is to be spread
         profile = load_profile(source, model, steering) if source else memory_profile(model.to(device), rows, steering, args.seed)
-        model.to("cpu" if spread(args) else device)
+        model.to(home)
 
     # ---- the run's folder
     settings = {key: value for key, value in vars(args).items() if key not in CONTROL}

@@ -44,7 +44,7 @@ import train
 from data import BadInput, read_json
 from data.tasks import find, load
 from data.tokenizer import Tokenizer
-from eval import Parser, command, finite, pick_device, positive
+from eval import Parser, command, finite, pick_device, positive, write_whole
 from infosteer import Steering
 from model import Config, Transformer
 
@@ -463,12 +463,14 @@ def main():
     if args.max_length < 2:
         raise BadInput("--max-length 1 has no room for a prompt and a response")
     if args.json:
-        Path(args.json).resolve().parent.mkdir(parents=True, exist_ok=True)    # now, and not after all the work
-        open(args.json, "a").close()
+        folder = Path(args.json).resolve().parent                              # now, and not after all the work
+        folder.mkdir(parents=True, exist_ok=True)
+        if Path(args.json).is_dir() or not os.access(folder, os.W_OK):
+            raise BadInput(f"--json {args.json}: cannot be written; give the name of a file in a folder of yours")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.device = pick_device(args.device)
     args.bf16 = args.device.type == "cuda"
-    args.micro_tokens = args.micro_tokens or train.MICRO_TOKENS[args.device.type]
+    args.micro_tokens = args.micro_tokens or train.MICRO_TOKENS["cuda" if args.bf16 else "cpu"]
     task = args.lengths and find(Path(args.lengths).parent.name)
     kinds = [f"{'maths' if task.kind == 'arithmetic' else 'choice'}, {task.name}"] if task else args.kind
     for shape in args.shape:
@@ -489,7 +491,7 @@ def main():
         print(f"{'met' if met else 'NOT met':8} {words}: {measured:.3g} ({where})")
     if args.json:
         settings = {key: str(value) if key == "device" else value for key, value in vars(args).items()}
-        Path(args.json).write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows, "targets": targets()}, indent=2) + "\n")
+        write_whole(args.json, json.dumps({"machine": machine, "settings": settings, "rows": rows, "targets": targets()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
