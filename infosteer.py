@@ -1,170 +1,52 @@
-"""InfoSteer: steer how much of its feed-forward memory a language model uses (Deng, Chang and Chen, NeurIPS 2025).
+"""InfoSteer: steer how much of its feed-forward memory a language model uses (Deng, Chang and Chen,
+"Steering Information Utility in Key-Value Memory for Language Model Post-Training", NeurIPS 2025).
 
-A feed-forward layer is a key-value memory (section 3, eq. 3):
+    eq. 3    a feed-forward layer is a memory                          key_coefficients, recall
+    eq. 4    int: the forward pass raises the smallest coefficients    intervene
+    eq. 5    reg: the loss rewards a more uniform key distribution     key_entropy
+    B.1      semantic, activation: int or reg, with a strength for each group of memories
+    B.2      surrogate, surrogate-entropy: steering by what a memory says when decoded alone
 
-    FFN(h) = sum_i k_i v_i            k = act(h W_gate) * (h W_up)    key coefficients   [d_m]
-                                      v_i = row i of W_down           memory vectors     [d_m, d]
-
-If a few k_i dominate, most of the memory is unused. Two generic ways to change that while fine-tuning, and four that know what is in
-the memory:
-
-    int                 the forward pass raises the smallest coefficients                                       (eq. 4)
-    reg                 the loss rewards a more uniform key distribution                                        (eq. 5)
-    semantic            int or reg, with a strength for each group of memories with alike vectors               (Appendix B.1)
-    activation          the same, for memories that are also called by the same tokens                          (Appendix B.1)
-    surrogate           the forward pass amplifies memories that say what the training data says                (Appendix B.2)
-    surrogate-entropy   the loss rewards the entropy of what the memories say together, in words                (Appendix B.2)
-
-This file is the method and its analysis, and nothing else: tensors in, tensors out. `model.py` steers in one place, `KeyValueMemory`.
+This file is the method and nothing else: tensors in, tensors out. `model.py` steers in one place,
+`KeyValueMemory`. Shapes: d_m memories, d model width, V vocabulary, [...] any number of tokens.
 """
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
-RANKINGS = ("magnitude", "value")
-NORMALISATIONS = ("magnitude", "softmax")
-BASES = ("int", "reg")
+from data.clusters import spherical_kmeans, split_groups, token_groups
 
-# ----------------------------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------- the paper's equations
 
 
-@dataclass(frozen=True)
-class Steering:
-    """How to steer. Defaults are the paper's (section 5.1) where it has any. Raises ValueError for a setting outside its range."""
-
-    method: str = "none"
-    p: float = 0.01                    # int: the fraction of the d_m coefficients that is raised
-    alpha: float = 1.0                 # int: raised to alpha times the mean
-    rank_by: str = "magnitude"         # int: what "smallest" means, see `intervene`
-    lam: float = 0.01                  # reg: lambda, the weight of the entropy in the loss; negative concentrates the keys
-    normalise: str = "magnitude"       # reg: how k becomes the distribution whose entropy is taken, see `key_entropy`
-    base: str = "int"                  # semantic, activation: the generic method whose change is scaled
-    groups: int = 16                   # semantic, activation: groups of memories per layer
-    subgroups: int = 4                 # activation: groups within each of those
-    beta_max: float = 4.0              # semantic, activation: the largest strength of a group
-    gamma: float = 0.1                 # surrogate: k_i grows by this for each standard deviation of its score
-    lambda_1: float = 1.0              # surrogate: how much a memory's entropy counts against it
-    lambda_2: float = 1.0              # surrogate: how much its divergence from the target counts against it
-    buckets: int = 256                 # surrogate-entropy: groups of tokens, see `mixture_entropy`
-    layers: dict[int, dict[str, float]] | None = None    # the layers that are steered, from 1 as in Table 8, and what is set differently there
-    known: torch.Tensor | None = field(default=None, repr=False, compare=False)    # what the method knows of each memory: [n_layers, d_m, ...]
-
-    def __post_init__(self):
-        for name, allowed in (("method", METHODS), ("rank_by", RANKINGS), ("normalise", NORMALISATIONS), ("base", BASES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        if not 0 <= self.p <= 1:       # NaN fails every comparison, so it is refused here too
-            raise ValueError(f"p is {self.p}; it is a fraction of the memories, from 0 to 1")
-        for name in ("alpha", "lam", "gamma", "lambda_1", "lambda_2"):
-            if not abs(getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
-        if not 0 <= self.beta_max < float("inf"):
-            raise ValueError(f"beta_max is {self.beta_max}; it must be a number at or above 0")
-        for name in ("groups", "subgroups", "buckets"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-
-    @property
-    def settings(self) -> dict:
-        """The settings that mean something to the method, as JSON can hold them: {"method": ..., ...}."""
-        return {name: getattr(self, name) for name in ("method", *meaningful(self.method, self.base))}
-
-    def __str__(self):
-        return " ".join([self.method, *(f"{name}={format_layers(value) if name == 'layers' else value}"
-                                        for name, value in self.settings.items() if name != "method")])
-
-    def knowing(self, profile: dict) -> "Steering":
-        """The same, with what the method must know of the memories: profile {name: [n_layers, d_m, ...]} has METHODS[method].needs."""
-        method = METHODS[self.method]
-        if not method.needs:
-            return self
-        layers = zip(range(len(profile[method.needs[0]])), *(profile[name] for name in method.needs))
-        return replace(self, known=torch.stack([method.know(self.at(layer), *tensors) for layer, *tensors in layers]))
-
-    def at(self, layer: int) -> "Steering":
-        """The steering of one layer (counted from 0, as in code): this one with what `layers` sets there, or none where it leaves it out."""
-        if self.layers is not None and layer + 1 not in self.layers:
-            return replace(self, method="none", layers=None, known=None)
-        return replace(self, **(self.layers or {}).get(layer + 1, {}), layers=None, known=None if self.known is None else self.known[layer])
-
-    def change(self, k):
-        """The forward pass of one layer: key coefficients [..., d_m] -> [..., d_m]."""
-        change = METHODS[self.method].change
-        return change(k, self) if change else k
-
-    def entropies(self, k):
-        """(flux, reward) of one layer: the entropy of the key distribution, which is only seen, and what the loss rewards, times lambda,
-        or None. [..., d_m] -> [...] nats. For `reg` both are one and the same."""
-        return METHODS[self.method].entropies(k, self)
+def key_coefficients(gate, up, act):
+    """k_i = act(gate_i) * up_i (section 4.4): h W_gate, h W_up, both [..., d_m] -> k [..., d_m]."""
+    return act(gate) * up
 
 
-def meaningful(method, base="int"):
-    """The names of the settings that mean something to a method."""
-    own = METHODS[method].settings
-    return own + tuple(name for name in METHODS[base].settings if name not in own) if "base" in own else own
+def gelu_tanh(x):                      # Gemma's activation; Llama's and Qwen's is torch's silu
+    return F.gelu(x, approximate="tanh")
 
 
-STRENGTHS = ("p", "alpha", "lam", "beta_max", "gamma", "lambda_1", "lambda_2")     # what may differ from layer to layer
-
-
-def parse_layers(text: str, n_layers: int) -> dict[int, dict[str, float]]:
-    """Layers, from 1, of a list of ranges, each perhaps with strengths of its own: "1-2:alpha=2,4" -> {1: {"alpha": 2.0}, 2: {"alpha": 2.0}, 4: {}}.
-
-    Raises ValueError outside 1..n_layers, for a layer with two strengths, and for what is not a strength.
-    """
-    layers = {}
-    for part in text.split(","):
-        part, *strengths = (piece.strip() for piece in part.split(":"))
-        first, dash, last = part.partition("-")
-        if not (first.isdecimal() and first.isascii()) or (dash and not (last.isdecimal() and last.isascii())):
-            raise ValueError(f"layers {text!r}: {part!r} is not a layer or a range; write, for example, 1-8 or 1,4,9-12 or 1-8:alpha=2,9-16:alpha=3")
-        first, last = int(first), int(last or first)
-        if not 1 <= first <= last <= n_layers:
-            raise ValueError(f"layers {text!r}: {part!r} is outside the model's layers 1-{n_layers}, or runs backwards")
-        here = {}
-        for strength in strengths:
-            name, _, value = (piece.strip() for piece in strength.partition("="))
-            try:
-                here[name.replace("-", "_")] = float(value)
-            except ValueError:
-                raise ValueError(f"layers {text!r}: {strength!r} is not a strength; write, for example, 1-8:alpha=2") from None
-        if not here.keys() <= set(STRENGTHS):
-            raise ValueError(f"layers {text!r}: {', '.join(sorted(here.keys() - set(STRENGTHS)))} is no strength; known are {', '.join(STRENGTHS)}")
-        for layer in range(first, last + 1):
-            if layers.setdefault(layer, here) != here:
-                raise ValueError(f"layers {text!r}: layer {layer} has two different strengths")
-    return dict(sorted(layers.items()))
-
-
-def format_layers(layers) -> str:
-    """The shortest text that `parse_layers` reads so: {1: {}, 2: {}, 4: {"alpha": 2.0}} -> "1-2,4:alpha=2". None -> "all"."""
-    if layers is None:
-        return "all"
-    ranges = []
-    for layer, here in sorted(layers.items()):
-        if ranges and ranges[-1][1:] == [layer - 1, here]:
-            ranges[-1][1] = layer
-        else:
-            ranges.append([layer, layer, here])
-    return ",".join(f"{first}{f'-{last}' if last > first else ''}{''.join(f':{name}={value:g}' for name, value in here.items())}" for first, last, here in ranges)
-
-
-# ------------------------------------------------------------------------------------------------- eq. 4 and eq. 5: int and reg
+def recall(k, v):
+    """FFN(h) = sum_i k_i v_i (eq. 3): coefficients k [..., d_m], vectors v [d_m, d] -> [..., d]."""
+    return k @ v
 
 
 def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude"):
-    """Raise the smallest key coefficients (eq. 4): k [..., d_m] -> [..., d_m]. The mean is taken before the update.
+    """Raise the smallest key coefficients (eq. 4): k [..., d_m] -> [..., d_m].
 
         k_s <- alpha * mean_i(k_i)      for the max(1, round(p * d_m)) smallest k_s of each token
 
-    The paper does not say what "smallest" means once k has both signs, as in every gated FFN:
-    - "magnitude": the smallest |k|, set to alpha * mean|k| under their own sign (a zero counts as positive). These are the
-      idle memories, which the method means to wake.
-    - "value": the smallest k, set to alpha * mean(k). The literal reading; these are the most negative, among the busiest.
-
-    The gradient flows through the mean, and not through the entries that were replaced.
+    The mean is taken before the update. The gradient flows through the mean, not through replaced
+    entries. The paper does not say what "smallest" means once k has both signs, as in gated layers:
+    - "magnitude": the smallest |k| become alpha * mean|k| and keep their sign. A zero counts as
+      positive. These are the idle memories, which the method means to wake.
+    - "value": the smallest k become alpha * mean(k). This is the literal reading. It picks the most
+      negative coefficients. These belong to very active memories. Report both settings.
 
     >>> intervene(torch.tensor([4., -1., 3., -8.]), p=0.25)                       # mean|k| = 4
     tensor([ 4., -4.,  3., -8.])
@@ -173,23 +55,362 @@ def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude"
     """
     if p == 0:
         return k
-    n, magnitude = max(1, round(p * k.shape[-1])), rank_by == "magnitude"
-    size = k.detach().abs() if magnitude else k.detach()
-    smallest = size.topk(n, dim=-1, largest=False, sorted=False).indices                  # [..., n]; 5x cheaper than a sort
-    mean = size.mean(-1, keepdim=True, dtype=accumulate(k)).to(k.dtype)                   # [..., 1]
-    sign = torch.ones_like(mean).expand(smallest.shape)                                   # [..., n]
-    if magnitude:
-        sign = torch.where(k.detach().gather(-1, smallest) < 0, -sign, sign)
-    return _Raise.apply(k, smallest, sign, mean, alpha, magnitude)
+    size = k.abs() if rank_by == "magnitude" else k                                # [..., d_m]
+    n = max(1, round(p * k.shape[-1]))
+    smallest = size.topk(n, dim=-1, largest=False, sorted=False).indices           # [..., n]
+    mean = size.mean(-1, keepdim=True, dtype=accumulate(k)).to(k.dtype)            # [..., 1]
+    raised = (alpha * mean).expand(smallest.shape)                                 # [..., n]
+    if rank_by == "magnitude":
+        raised = torch.where(k.gather(-1, smallest) < 0, -raised, raised)
+    return k.scatter(-1, smallest, raised)
 
 
-class _Raise(torch.autograd.Function):
-    """k'_i = alpha m s_i for the replaced entries R, with m = mean_j(s_j k_j) and s the sign of k (1 when ranked by value):
+def key_entropy(k, normalise: str = "magnitude"):
+    """Entropy of the key distribution (eq. 5): k [..., d_m] -> [...] in nats, from 0 (one memory)
+    to log d_m (all alike). For one token, this value is the paper's information flux (section 6).
+
+        H = -sum_i q_i log q_i      q_i = |k_i| / sum_j |k_j|      "magnitude"
+                                    q = softmax(k)                 "softmax", the other reading
+
+    The paper writes k / sum k, which needs k >= 0. Sums are kept in fp32 (fp64 for fp64 input). If
+    all k are 0, they count as uniform.
+
+    >>> key_entropy(torch.tensor([[1., -1., 1., -1.], [0., 5., 0., -5.]]))        # log 4, log 2
+    tensor([1.3863, 0.6931])
+    """
+    if normalise == "softmax":
+        log_q = k.to(accumulate(k)).log_softmax(-1)                                # [..., d_m]
+        return -(log_q.exp() * log_q).sum(-1)
+    q = magnitudes(k) / magnitudes(k).sum(-1, keepdim=True)                        # [..., d_m]
+    return -(q * q.clamp_min(torch.finfo(q.dtype).tiny).log()).sum(-1)
+
+
+def accumulate(k):
+    """The dtype in which sums over k are kept: fp32, or fp64 for fp64."""
+    return torch.promote_types(k.dtype, torch.float32)
+
+
+def magnitudes(k):
+    """|k| in the dtype that sums are kept in, never quite 0, since log 0 is not a number."""
+    return k.abs().to(accumulate(k)).clamp_min(torch.finfo(accumulate(k)).tiny)
+
+
+# ---------------------------------------------------------------------------------- settings
+
+RANKINGS, NORMALISATIONS, GENERIC = ("magnitude", "value"), ("magnitude", "softmax"), ("int", "reg")
+COUNT = 1, 2**20
+LIMITS = {"p": (0, 1), "beta_max": (0, 1e30), "groups": COUNT, "subgroups": COUNT, "buckets": COUNT}
+STRENGTHS = ("p", "alpha", "lam", "beta_max", "gamma", "lambda_1", "lambda_2")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How to steer. p, alpha and lam have the paper's defaults (section 5.1); the other defaults
+    are ours. Raises ValueError for a setting outside its range."""
+
+    method: str = "none"
+    p: float = 0.01                    # int: the fraction of the d_m coefficients that is raised
+    alpha: float = 1.0                 # int: they become alpha times the mean
+    rank_by: str = "magnitude"         # int: what "smallest" means, see `intervene`
+    lam: float = 0.01                  # reg: lambda of eq. 5; a negative one concentrates the keys
+    normalise: str = "magnitude"       # reg: how k becomes a distribution, see `key_entropy`
+    generic: str = "int"               # semantic, activation: the method whose change is scaled
+    groups: int = 16                   # semantic, activation: groups of memories in a layer
+    subgroups: int = 4                 # activation: groups within each of those
+    beta_max: float = 4.0              # semantic, activation: the largest strength of a group
+    gamma: float = 0.1                 # surrogate: growth of k_i per standard deviation of score
+    lambda_1: float = 1.0              # surrogate: weight of a memory's entropy in its score
+    lambda_2: float = 1.0              # surrogate: weight of its divergence from the target
+    buckets: int = 256                 # surrogate-entropy: groups of tokens, `mixture_entropy`
+    # The layers that are steered, from 1 as in Table 8, and what differs there: {1: {"p": 0.1}}
+    layers: dict[int, dict[str, float]] | None = None
+    # What a fine-grained method found out about each memory before training: [n_layers, d_m, ...]
+    per_memory: torch.Tensor | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        for name, allowed in (("method", METHODS), ("rank_by", RANKINGS), ("generic", GENERIC),
+                              ("normalise", NORMALISATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; "
+                                 f"choose one of {', '.join(allowed)}")
+        for name in (*STRENGTHS, "groups", "subgroups", "buckets"):
+            low, high = LIMITS.get(name, (-1e30, 1e30))
+            if not low <= getattr(self, name) <= high:         # NaN fails every comparison
+                raise ValueError(f"{name} is {getattr(self, name)}; "
+                                 f"it must be a number from {low:g} to {high:g}")
+        for layer, strengths in (self.layers or {}).items():
+            own = [name for name in STRENGTHS if name in self.settings]
+            if not strengths.keys() <= set(own):
+                raise ValueError(f"layer {layer} has {', '.join(strengths)}, but the strengths of "
+                                 f"{self.method} are {', '.join(own)}")
+            self.at(layer - 1)         # a layer's own strengths have the same limits
+
+    @property
+    def settings(self) -> dict:
+        """The settings that mean something to the method: {"method": ..., ...}."""
+        return {name: getattr(self, name)
+                for name in ("method", *meaningful(self.method, self.generic))}
+
+    @property
+    def name(self) -> str:
+        """A short name for folders and tables: Steering("int", p=0.05) -> "int-p0.05"."""
+        parts, usual = [self.method], vars(Steering(self.method))
+        for name, value in self.settings.items():
+            if name == "layers" and value is not None:         # some systems allow no colon
+                parts.append("layers" + format_layers(value).replace(":", "@"))
+            elif value != usual[name]:
+                parts.append(value if isinstance(value, str) else f"{name}{value:g}")
+        return "-".join(parts)
+
+    def __str__(self):
+        values = {**self.settings, "layers": format_layers(self.layers)}
+        text = " ".join(f"{name}={values[name]}" for name in self.settings)
+        return text.removeprefix("method=")
+
+    def at(self, layer: int) -> "Steering":
+        """The steering of one layer, counted from 0 as in code."""
+        if self.layers is not None and layer + 1 not in self.layers:
+            return replace(self, method="none", layers=None, per_memory=None)
+        strengths = (self.layers or {}).get(layer + 1, {})
+        own = None if self.per_memory is None else self.per_memory[layer]
+        return replace(self, **strengths, layers=None, per_memory=own)
+
+    def change(self, k):
+        """What the method does in the forward pass of one layer: k [..., d_m] -> [..., d_m]."""
+        change = METHODS[self.method].change
+        return change(k, self) if change else k
+
+    def measure(self, k):
+        """(flux, reward) of one layer: k [..., d_m] -> [...] nats each. The flux is the entropy of
+        the key distribution; the reward is what the loss rewards, times lambda, or None."""
+        return METHODS[self.method].measure(k, self)
+
+
+def meaningful(method, generic="int"):
+    """The names of the settings that mean something to a method."""
+    own = METHODS[method].settings
+    inner = METHODS[generic].settings if "generic" in own else ()
+    return own + tuple(name for name in inner if name not in own)
+
+
+def format_layers(layers) -> str:
+    """Layers as --layers takes them: {1: {}, 2: {}, 4: {"alpha": 2.0}} -> "1-2,4:alpha=2"."""
+    if layers is None:
+        return "all"
+    ranges = []                                                # [first, last, strengths as text]
+    for layer, here in sorted(layers.items()):
+        text = "".join(f":{name}={value:g}" for name, value in here.items())
+        if ranges and ranges[-1][1:] == [layer - 1, text]:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer, text])
+    return ",".join((f"{first}-{last}" if last > first else f"{first}") + text
+                    for first, last, text in ranges)
+
+
+# ------------------------------- Appendix B: what a method finds out about memories beforehand
+
+
+@dataclass
+class Before:
+    """What a method may look at before training starts."""
+
+    vectors: Iterable                  # for each layer, its memory vectors [d_m, d]
+    decode: torch.Tensor               # the LM head, [V, d]
+    keys: Iterable                     # for each development text, k [T, d_m] of every layer
+    n_tokens: int                      # in all development texts
+    target: torch.Tensor               # [V]  how often each token stands in training responses
+    seed: int
+
+
+def strengths_by_group(steering, before):
+    """B.1: the strength of each memory's group, [n_layers, d_m]. Memories are grouped by their
+    vectors; `activation` then splits each group by which tokens activate its memories."""
+    n, usage, patterns, start = torch.tensor(before.n_tokens), 0, [], 0
+    sampled = torch.linspace(0, n - 1, min(512, before.n_tokens)).long()   # tell memories apart
+    for keys in before.keys:
+        k = torch.stack([layer.float().abs() for layer in keys])                   # [L, T, d_m]
+        here = sampled[(sampled >= start) & (sampled < start + k.shape[1])] - start
+        patterns.append(k[:, here.to(k.device)].transpose(1, 2).to(torch.bfloat16))
+        usage, start = usage + k.sum(1) / n, start + k.shape[1]                    # [L, d_m]
+    patterns, strengths = torch.cat(patterns, 2), []                               # [L, d_m, some]
+    for layer, v in enumerate(before.vectors):                                     # v: [d_m, d]
+        groups, _ = spherical_kmeans(v, steering.groups, before.seed)              # [d_m]
+        if steering.method == "activation":
+            groups = split_groups(groups, patterns[layer], steering.subgroups, before.seed)
+        strengths.append(group_strengths(groups, usage[layer], steering.at(layer).beta_max))
+    return torch.stack(strengths)
+
+
+def amplification_by_surrogate(steering, before):
+    """B.2: the factor 1 + gamma S(phi_i) of each memory, [n_layers, d_m]."""
+    target, factors = before.target / before.target.sum(), []
+    for layer, v in enumerate(before.vectors):                                     # v: [d_m, d]
+        both = [(entropy(log_p), divergence(target, log_p))
+                for _, log_p in surrogates(v, before.decode)]
+        h, kl, own = *map(torch.cat, zip(*both)), steering.at(layer)               # h, kl: [d_m]
+        factors.append(1 + own.gamma * relevance(h, kl, own.lambda_1, own.lambda_2))
+    return torch.stack(factors)
+
+
+def merged_surrogates(steering, before):
+    """B.2: P_i summed over groups of like tokens, [n_layers, d_m, C], see `mixture_entropy`."""
+    bucket, merged = token_groups(before.decode, steering.buckets, before.seed), []
+    for v in before.vectors:                                                       # [d_m, d]
+        says = torch.zeros(len(v), int(bucket.max()) + 1, device=v.device)         # [d_m, C]
+        for here, log_p in surrogates(v, before.decode):
+            says[here].index_add_(1, bucket, log_p.exp())
+        merged.append(says)
+    return torch.stack(merged)
+
+
+def group_strengths(groups, usage, beta_max: float):
+    """beta_g = clip(mean usage of all groups / usage of g, 0, beta_max) of each memory's group:
+    groups [d_m], usage = mean |k_i| [d_m] -> [d_m]. The paper gives no rule; this one is ours."""
+    sizes = groups.bincount()                                                      # [groups]
+    of_group = usage.new_zeros(len(sizes)).float().index_add_(0, groups, usage.float()) / sizes
+    return (of_group.mean() / of_group.clamp_min(1e-37)).clamp(0, beta_max)[groups]
+
+
+def surrogates(v, decode):
+    """What each memory says when decoded alone: P_i = softmax(phi_i) with phi_i = v_i W_decode.
+    v [n, d], decode [V, d] -> pieces (slice of memories, log P [piece, V] fp32). A piece at a time:
+    all of a layer would be d_m x V numbers, 8 GB in fp32 for a model of 1.5B parameters."""
+    rows = max(1, (2**24 if v.device.type == "cpu" else 2**28) // len(decode))
+    for start in range(0, len(v), rows):
+        here = slice(start, min(start + rows, len(v)))
+        yield here, (v[here] @ decode.T).float().log_softmax(-1)
+
+
+def entropy(log_p):
+    """H(P) in nats of log P [..., V] -> [...]."""
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def specificity(entropies, V: int):
+    """Spec(v) = 1 - H(P) / log V: 0 for a memory that says anything, 1 if it says one token."""
+    return 1 - entropies / torch.tensor(float(V)).log()
+
+
+def divergence(target, log_p):
+    """KL(target || P) in nats: target [V] sums to 1, log P [..., V] -> [...]."""
+    return -torch.special.entr(target).sum() - log_p @ target
+
+
+def relevance(entropies, divergences, lambda_1: float = 1.0, lambda_2: float = 1.0):
+    """S(phi_i) = -lambda_1 H(P_i) - lambda_2 KL(P_target || P_i) of the memories of one layer, both
+    [d_m] -> [d_m], standardised to mean 0 and standard deviation 1 (0 where all are alike)."""
+    score = -lambda_1 * entropies - lambda_2 * divergences
+    score = score - score.mean()
+    spread = score.std(correction=0)
+    return score / spread if spread > 0 else torch.zeros_like(score)
+
+
+def mixture_entropy(k, says):
+    """Entropy in nats of what the memories say together, M = sum_i khat_i P_i with khat_i =
+    |k_i| / sum_j |k_j|: k [..., d_m], says [d_m, C] -> [...], from 0 to log C.
+
+    Two approximations make it affordable. Like tokens are merged into C groups, says[i, c] being
+    the sum of P_i over group c: a lower bound, and equal to H(M) for C = V. And P_i is that of the
+    model before training."""
+    with torch.autocast(k.device.type, enabled=False):         # x log x needs more digits than bf16
+        a = k.to(accumulate(k)).abs()
+        tiny = torch.finfo(a.dtype).tiny
+        m = a @ says.to(a.dtype) / a.sum(-1, keepdim=True).clamp_min(tiny)         # [..., C]
+        return -(m * m.clamp_min(tiny).log()).sum(-1)
+
+
+# ----------------------------------------------------------------------- the table of methods
+
+
+def change_by_group(k, s):
+    """k_i + beta_g dk_i, where dk is the change that int would make. reg makes none here."""
+    if s.generic == "reg":
+        return k
+    return torch.lerp(k, intervene(k, s.p, s.alpha, s.rank_by), s.per_memory.to(k.dtype))
+
+
+def only_flux(k, s):
+    return key_entropy(k.detach(), s.normalise), None
+
+
+def flux_is_rewarded(k, s):
+    flux = key_entropy(k, s.normalise)
+    return flux, flux
+
+
+def flux_is_rewarded_by_group(k, s):
+    """reg moves k_i through the gradient of the entropy, so beta_g scales that gradient."""
+    if s.generic == "int":
+        return only_flux(k, s)
+    return flux_is_rewarded(torch.lerp(k.detach(), k, s.per_memory.to(k.dtype)), s)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table. A new method is a function and a row."""
+
+    settings: tuple[str, ...] = ()     # the fields of Steering that mean something to it
+    change: Callable | None = None     # (k [..., d_m], the layer's steering) -> k
+    measure: Callable = only_flux      # (k, the layer's steering) -> (flux, reward or None)
+    per_memory: Callable | None = None             # (steering, Before) -> [n_layers, d_m, ...]
+
+
+METHODS = {
+    "none": Method(),
+    "int": Method(("p", "alpha", "rank_by", "layers"),
+                  change=lambda k, s: intervene(k, s.p, s.alpha, s.rank_by)),
+    "reg": Method(("lam", "normalise", "layers"), measure=flux_is_rewarded),
+    "semantic": Method(("generic", "groups", "beta_max", "layers"),
+                       change_by_group, flux_is_rewarded_by_group, strengths_by_group),
+    "activation": Method(("generic", "groups", "subgroups", "beta_max", "layers"),
+                         change_by_group, flux_is_rewarded_by_group, strengths_by_group),
+    "surrogate": Method(("gamma", "lambda_1", "lambda_2", "layers"),
+                        change=lambda k, s: k * s.per_memory.to(k.dtype),
+                        per_memory=amplification_by_surrogate),
+    "surrogate-entropy": Method(("lam", "buckets", "layers"), per_memory=merged_surrogates,
+                                measure=lambda k, s: (key_entropy(k.detach()),
+                                                      mixture_entropy(k, s.per_memory))),
+}
+
+
+# ------------------------------------------------------- the same numbers with less memory
+# Autograd would keep several copies of k. These functions take the names of the plain ones, which
+# stay at hand as `intervene.__wrapped__` and run if this section is deleted.
+
+
+class KeyCoefficients(torch.autograd.Function):
+    """act(gate) would be a quarter of what a memory keeps. It is computed again, which is cheap."""
+
+    @staticmethod
+    def forward(ctx, gate, up, act):
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return SLOPES[ctx.act](grad * up, gate), grad * ctx.act(gate), None
+
+
+SLOPES = {                             # (gradient of act(x), x) -> gradient of x
+    F.silu: torch.ops.aten.silu_backward,
+    gelu_tanh: functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+}
+
+
+@functools.wraps(key_coefficients)
+def key_coefficients(gate, up, act):
+    return KeyCoefficients.apply(gate, up, act) if act in SLOPES else act(gate) * up
+
+
+class Intervene(torch.autograd.Function):
+    """k'_i = alpha m s_i for the replaced entries R, with m = mean_j(s_j k_j) and s the sign of k
+    (1 when ranked by value). The signs outside R are those of k', so k need not be kept.
 
         dL/dk_j = [j not in R] dL/dk'_j + s_j (alpha / d_m) sum over i in R of s_i dL/dk'_i
-
-    Written out because autograd would keep k beside k', a seventh more than the block keeps without; this takes the signs outside
-    R from k', which the layer keeps anyway. It also halves the time of the backward pass.
     """
 
     @staticmethod
@@ -203,41 +424,34 @@ class _Raise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         new, smallest, sign = ctx.saved_tensors
-        pull = ctx.share * (sign * grad.gather(-1, smallest)).sum(-1, keepdim=True)       # [..., 1]  on the mean, spread over all entries
-        grad_k = new.sign().mul_(pull).add_(grad) if ctx.magnitude else grad + pull       # [..., d_m]
+        pull = ctx.share * (sign * grad.gather(-1, smallest)).sum(-1, keepdim=True)    # [..., 1]
+        grad_k = new.sign().mul_(pull).add_(grad) if ctx.magnitude else grad + pull
         return grad_k.scatter_(-1, smallest, sign * pull), None, None, None, None, None
 
 
-def key_entropy(k, normalise: str = "magnitude"):
-    """Entropy of the key distribution in nats (eq. 5): k [..., d_m] -> [...]; from 0 (one memory) to log d_m (all alike).
-
-        H = -sum_i q_i log q_i      q_i = |k_i| / sum_j |k_j|      ("magnitude"; the paper's k / sum k needs k >= 0)
-                                    q = softmax(k)                 ("softmax", the other reading)
-
-    Read one token at a time, this is also the paper's information flux (section 6).
-    Sums are accumulated in fp32 (fp64 for fp64 input), whatever the dtype of k. All k = 0 counts as uniform.
-
-    >>> key_entropy(torch.tensor([[1., -1., 1., -1.], [0., 5., 0., 0.]]))         # log 4 and 0
-    tensor([1.3863, 0.0000])
-    """
-    if normalise == "softmax":
-        log_q = k.to(accumulate(k)).log_softmax(-1)
-        return -(log_q.exp() * log_q).sum(-1)
-    return _KeyEntropy.apply(k)
+@functools.wraps(intervene)
+def intervene(k, p=0.01, alpha=1.0, rank_by="magnitude"):
+    if p == 0:
+        return k
+    n, magnitude = max(1, round(p * k.shape[-1])), rank_by == "magnitude"
+    size = k.detach().abs() if magnitude else k.detach()
+    smallest = size.topk(n, dim=-1, largest=False, sorted=False).indices           # [..., n]
+    mean = size.mean(-1, keepdim=True, dtype=accumulate(k)).to(k.dtype)            # [..., 1]
+    sign = torch.ones_like(mean).expand(smallest.shape)                            # [..., n]
+    if magnitude:
+        sign = torch.where(k.detach().gather(-1, smallest) < 0, -sign, sign)
+    return Intervene.apply(k, smallest, sign, mean, alpha, magnitude)
 
 
-class _KeyEntropy(torch.autograd.Function):
-    """With a = |k| and S = sum a:  H = log S - (sum a log a) / S  and  dH/da_i = (log S - H - log a_i) / S.
-
-    Written out because autograd would keep about four fp32 copies of k for the backward pass; this keeps k itself, which the
-    layer keeps anyway. At k_i = 0 the slope is infinite; sign(0) = 0 makes it 0 there, and the clamp keeps every other finite.
-    """
+class KeyEntropy(torch.autograd.Function):
+    """H = log S - (sum a log a) / S and dH/da_i = (log S - H - log a_i) / S, a = |k|, S = sum a. At
+    k_i = 0 the slope is infinite; sign(0) = 0 makes it 0 there."""
 
     @staticmethod
     def forward(ctx, k):
-        entropy, total = (k.new_empty(k.shape[:-1], dtype=accumulate(k)) for _ in range(2))           # [...], [...]
-        for rows, h, s in zip(*_pieces(k, entropy, total)):
-            a = _magnitudes(rows)
+        entropy, total = (k.new_empty(k.shape[:-1], dtype=accumulate(k)) for _ in range(2))
+        for rows, h, s in zip(*pieces(k, entropy, total)):
+            a = magnitudes(rows)
             torch.sum(a, -1, out=s)
             h.copy_(s.log() - a.mul_(a.log()).sum(-1) / s)
         ctx.save_for_backward(k, entropy, total)
@@ -247,273 +461,23 @@ class _KeyEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         k, entropy, total = ctx.saved_tensors
-        grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)               # [..., d_m]
-        for rows, out, h, s, g in zip(*_pieces(k, grad_k, entropy, total, grad.contiguous())):
-            slope = _magnitudes(rows).log_()
+        grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)        # [..., d_m]
+        for rows, out, h, s, g in zip(*pieces(k, grad_k, entropy, total, grad.contiguous())):
+            slope = magnitudes(rows).log_()
             torch.sub((s.log() - h)[:, None], slope, out=slope)
             out.copy_(slope.mul_((g / s)[:, None]).mul_(rows.sign()))
         return grad_k
 
 
-def _pieces(k, *others):
-    """k [..., d_m] and tensors that go with it, as matching lists of pieces of some tokens each. On a CPU a piece and its
-    temporaries stay in the cache, which is three times as fast as streaming all of k through memory five times; a GPU takes all at once."""
-    in_cache = k.device.type == "cpu" and not torch.compiler.is_compiling()              # a compiler fuses all of it by itself
+def pieces(k, *others):
+    """k [..., d_m] and tensors that go with it, as matching lists of pieces of some tokens each. On
+    a CPU a piece stays in the cache, which is three times as fast. Others take all at once."""
+    in_cache = k.device.type == "cpu" and not torch.compiler.is_compiling()
     tokens = max(1, 2**18 // k.shape[-1] if in_cache else k[..., 0].numel())
     return [t.reshape(-1, *t.shape[k.dim() - 1:]).split(tokens) for t in (k, *others)]
 
 
-def _magnitudes(k):
-    """|k| in the dtype that sums are kept in: a new tensor, never quite 0, since log(0) is not a number to average."""
-    a = k.abs().to(accumulate(k))
-    return a.clamp_min_(torch.finfo(a.dtype).tiny)
-
-
-def accumulate(k):
-    """The dtype in which sums over k are kept: fp32, or fp64 for fp64."""
-    return torch.promote_types(k.dtype, torch.float32)
-
-
-# ------------------------------------------------------------------------------- Appendix B.1: groups of memories, by their vectors
-
-
-def spherical_kmeans(x, n: int, seed: int = 0, iterations: int = 50):
-    """Cluster rows by their cosine: x [rows, d] -> (the group of each row [rows] long, 0..n-1 without gaps; the centres [n, d]). Where
-    there are fewer rows than n, each is its own group.
-
-    k-means on the unit sphere: a row joins the centre with the largest cosine, a centre is the direction of its rows' sum; first centres
-    are drawn as in k-means++, each row with its distance 1 - cos to the centres so far as its chance. A group that loses its last row
-    takes the row that fits worst elsewhere. Memory: x, one normalised copy of x, and rows x n cosines.
-    """
-    x = F.normalize(x.float(), dim=-1)                                                    # [rows, d]
-    n, generator = min(n, len(x)), torch.Generator().manual_seed(seed)
-    chosen = [torch.randint(len(x), (1,), generator=generator).item()]
-    distance = 1 - x @ x[chosen[0]]                                                       # [rows]  to the nearest centre so far
-    while len(chosen) < n:
-        chance = distance.clamp_min(0).cpu()
-        chance[chosen] = 0
-        if not chance.sum() > 0:                                                          # all others are copies of centres: any of them
-            chance = torch.ones(len(x)).scatter_(0, torch.tensor(chosen), 0.0)
-        chosen.append(torch.multinomial(chance, 1, generator=generator).item())
-        distance = torch.minimum(distance, 1 - x @ x[chosen[-1]])
-    centres, group = x[chosen], None
-    for _ in range(iterations):
-        cosine, nearest = (x @ centres.T).max(-1)                                         # [rows], [rows]
-        for empty in (nearest.bincount(minlength=n) == 0).nonzero()[:, 0].tolist():
-            crowded = nearest.bincount(minlength=n)[nearest] > 1
-            nearest[torch.where(crowded, cosine, torch.inf).argmin()] = empty
-        if group is not None and torch.equal(nearest, group):
-            break
-        group = nearest
-        centres = F.normalize(torch.zeros_like(centres).index_add_(0, group, x), dim=-1)
-    return group, centres
-
-
-def split_groups(groups, patterns, n: int, seed: int = 0):
-    """Split each group of memories by what calls them: groups [d_m], patterns |k| [d_m, tokens] -> finer groups [d_m], 0.. without gaps."""
-    finer, total = torch.empty_like(groups), 0
-    for group in groups.unique():
-        members = (groups == group).nonzero()[:, 0]
-        inside, _ = spherical_kmeans(patterns[members], n, seed)
-        finer[members] = total + inside
-        total += inside.max() + 1
-    return finer
-
-
-def group_strengths(groups, usage, beta_max: float):
-    """beta_g of each memory's group: groups [d_m], usage = mean |k_i| [d_m] -> [d_m]. Groups that are used less are steered more:
-
-        beta_g = clip(mean usage of all groups / usage of g, 0, beta_max)         (the paper gives no rule; this one is ours)
-    """
-    sizes = groups.bincount()
-    of_group = torch.zeros(len(sizes), device=usage.device).index_add_(0, groups, usage.float()) / sizes      # [groups]
-    return (of_group.mean() / of_group.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, beta_max)[groups]
-
-
-# -------------------------------------------------------------------------------- Appendix B.2: what a memory says, its surrogate
-
-
-def surrogates(v, decode):
-    """What each memory says when decoded alone: v [n, d], decode [V, d] -> pieces (slice of memories, log P [piece, V] fp32).
-
-        phi_i = v_i W_decode      P_i = softmax(phi_i)
-
-    A piece at a time: all of a layer's surrogates would be d_m x V numbers, 8 GB in fp32 for a 1.5B model.
-    """
-    rows = max(1, (2**24 if v.device.type == "cpu" else 2**28) // len(decode))
-    for start in range(0, len(v), rows):
-        here = slice(start, min(start + rows, len(v)))
-        yield here, (v[here] @ decode.T).float().log_softmax(-1)
-
-
-def entropy(log_p):
-    """H(P) in nats of log P [..., V] -> [...]"""
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def specificity(entropies, V: int):
-    """Spec(v) = 1 - H(P) / log V: 0 for a memory that says anything, 1 for one that says one token."""
-    return 1 - entropies / torch.tensor(float(V)).log()
-
-
-def divergence(target, log_p):
-    """KL(target || P) in nats: target [V] sums to 1, log P [..., V] -> [...]"""
-    return -torch.special.entr(target).sum() - log_p @ target
-
-
-def relevance(entropies, divergences, lambda_1: float = 1.0, lambda_2: float = 1.0):
-    """S of each memory of one layer, standardised: both [d_m] -> [d_m] with mean 0 and standard deviation 1 (0 where all are alike).
-
-        S(phi_i) = -lambda_1 H(P_i) - lambda_2 KL(P_target || P_i)
-    """
-    score = -lambda_1 * entropies - lambda_2 * divergences
-    score = score - score.mean()
-    spread = score.std(correction=0)
-    return score / spread if spread > 0 else torch.zeros_like(score)
-
-
-def mixture_entropy(k, says):
-    """Entropy in nats of what the memories say together: k [..., d_m], says [d_m, C] -> [...], from 0 to log C.
-
-        M = sum_i khat_i P_i      khat_i = |k_i| / sum_j |k_j|
-
-    Two approximations make it affordable, since P is d_m x V for every layer. The tokens are merged into C groups of like tokens, so that
-    says[i, c] is the sum of P_i over group c: H of the merged mixture is a lower bound of H(M), and equal to it for C = V. And P_i is
-    that of the model before training.
-    """
-    with torch.autocast(k.device.type, enabled=False):                                    # a sum of log x needs more digits than bf16 has
-        a = k.to(accumulate(k)).abs()
-        m = a @ says.to(a.dtype) / a.sum(-1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)      # [..., C]
-        return -(m * m.clamp_min(torch.finfo(a.dtype).tiny).log()).sum(-1)
-
-
-# -------------------------------------------------------------------------------------------------------- the table of methods
-
-
-def _seen(k, steering):
-    return key_entropy(k.detach(), steering.normalise), None
-
-
-def _rewarded(k, steering):
-    flux = key_entropy(k, steering.normalise)
-    return flux, flux
-
-
-def _change_by_group(k, steering):
-    """k_i + beta_g dk_i, where dk is what int would do; reg changes nothing in the forward pass."""
-    if steering.base == "reg":
-        return k
-    return torch.lerp(k, intervene(k, steering.p, steering.alpha, steering.rank_by), steering.known.to(k.dtype))
-
-
-def _rewarded_by_group(k, steering):
-    """reg moves k_i through the gradient of the entropy, so that is what beta_g scales; the entropy itself is the same."""
-    if steering.base == "int":
-        return _seen(k, steering)
-    return _rewarded(torch.lerp(k.detach(), k, steering.known.to(k.dtype)), steering)
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table: a method is what it changes in the forward pass, what its loss rewards, and what it knows of the memories."""
-
-    settings: tuple[str, ...] = ()     # the fields of Steering that mean something to it
-    change: Callable | None = None     # (k [..., d_m], steering of the layer) -> k
-    entropies: Callable = _seen        # (k, steering of the layer) -> (flux, reward or None)
-    needs: tuple[str, ...] = ()        # tensors of the memory profile, made once before training
-    know: Callable | None = None       # (steering of the layer, those tensors of the layer) -> steering.known
-
-
-METHODS = {
-    "none": Method(),
-    "int": Method(("p", "alpha", "rank_by", "layers"), change=lambda k, s: intervene(k, s.p, s.alpha, s.rank_by)),
-    "reg": Method(("lam", "normalise", "layers"), entropies=_rewarded),
-    "semantic": Method(("base", "groups", "beta_max", "layers"), _change_by_group, _rewarded_by_group,
-                       needs=("semantic", "usage"), know=lambda s, groups, usage: group_strengths(groups, usage, s.beta_max)),
-    "activation": Method(("base", "groups", "subgroups", "beta_max", "layers"), _change_by_group, _rewarded_by_group,
-                         needs=("activation", "usage"), know=lambda s, groups, usage: group_strengths(groups, usage, s.beta_max)),
-    "surrogate": Method(("gamma", "lambda_1", "lambda_2", "layers"), change=lambda k, s: k * s.known.to(k.dtype), needs=("entropy", "divergence"),
-                        know=lambda s, h, kl: 1 + s.gamma * relevance(h, kl, s.lambda_1, s.lambda_2)),
-    "surrogate-entropy": Method(("lam", "buckets", "layers"), needs=("says",), know=lambda s, says: says,
-                                entropies=lambda k, s: (key_entropy(k.detach()), mixture_entropy(k, s.known))),
-}
-
-
-# ------------------------------------------------------------------------------------------- section 6: information flux, in numbers
-# Flux itself is `key_entropy`, averaged over layers. Tokens of one text are not independent of each other, so every standard error here
-# takes texts, not tokens, for what was drawn: `text` [N] long says which text each of the N tokens is from.
-
-
-def terciles(x):
-    """Cut numbers into three equal parts: x [N], N > 0 -> (the part of each [N] long: 0 low, 1 middle, 2 high; the two cuts [2])."""
-    cuts = x.quantile(torch.tensor([1 / 3, 2 / 3], dtype=x.dtype, device=x.device))
-    return torch.bucketize(x, cuts), cuts
-
-
-def clustered_mean(x, text):
-    """Mean over tokens, and its standard error clustered by text: x [N], text [N] long -> (mean, error). The error is None for one text.
-
-        error^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2           g runs over the G texts
-    """
-    x = x.double()
-    if not len(x):
-        return None, None
-    _, text = text.unique(return_inverse=True)
-    G = int(text.max()) + 1
-    sums = x.new_zeros(G).index_add_(0, text, x - x.mean())                # [G]
-    return x.mean().item(), (G / (G - 1) * sums.square().sum()).sqrt().item() / len(x) if G > 1 else None
-
-
-def grouped_correlation(x, y, group, text):
-    """Pearson's correlation within groups, and its jackknife error over texts: x, y [N], group, text [N] long -> (r, error).
-
-        r        of x and y after each is centred on its mean in the token's group; one group for all gives the plain correlation
-        error^2  = (G - 1) / G * sum_g (r without text g - their mean)^2
-
-    None for what is undefined: r where x or y does not vary within groups, or for fewer than three tokens; the error for one text, or where
-    an r without one text is undefined.
-    """
-    x, y = x.double(), y.double()
-    if len(x) < 3 or any(values.std() <= 1e-9 * values.mean().abs() for values in (x, y)):
-        return None, None
-    x, y = ((values - values.mean()) / values.std() for values in (x, y))                 # changes no r, and keeps the sums below small
-    (_, group), (_, text) = group.unique(return_inverse=True), text.unique(return_inverse=True)
-    sums = x.new_zeros(int(text.max()) + 1, int(group.max()) + 1, 6)                      # of 1, x, y, x^2, y^2, xy in each text and group
-    sums.index_put_((text, group), torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], -1), accumulate=True)
-
-    def r(sums):                                                                          # [..., groups, 6] -> [...]
-        n, sx, sy, xx, yy, xy = sums.unbind(-1)
-        xx, yy, xy = ((total - a * b / n.clamp_min(1)).sum(-1) for total, a, b in ((xx, sx, sx), (yy, sy, sy), (xy, sx, sy)))
-        constant = torch.minimum(xx, yy) <= 1e-12 * n.sum(-1)                             # not quite 0, where large sums cancel
-        return torch.where(constant | (n.sum(-1) < 3), torch.nan, xy / (xx * yy).sqrt())
-
-    whole, without, G = r(sums.sum(0)), r(sums.sum(0) - sums), len(sums)                  # [], [G]
-    error = ((G - 1) / G * (without - without.mean()).square().sum()).sqrt() if G > 1 else whole * torch.nan
-    return tuple(None if value.isnan() else value.item() for value in (whole, error))
-
-
-# ------------------------------------------------------------------------------- reading memories: what they say, what calls them
-
-
-def token_log_probability(v, w, log_z):
-    """log P_i(t) = v_i . w_t - log Z_i of one token t: v [n, d], its row of the LM head w [d], log Z [n] -> [n] nats."""
-    return v @ w - log_z
-
-
-def keep_largest(kept, at, k, positions):
-    """The largest coefficients of each memory so far: kept [d_m, n] and the positions they were seen at [d_m, n], k [T, d_m] at positions [T]
-    -> both, brought up to date. -inf in kept is a place that is still free."""
-    largest, chosen = torch.cat([kept, k.T.to(kept.dtype)], 1).topk(kept.shape[1])                      # [d_m, n]
-    return largest, torch.cat([at, positions.to(at.dtype).expand(len(at), -1)], 1).gather(1, chosen)
-
-
-def agreement(concepts, following):
-    """How often what a memory says is what comes after the text that calls it (Geva et al. 2021): two token ids for each memory, both [n]
-    -> (share of memories where they are the same token, its binomial standard error, chance).
-
-        chance = sum_t  share of memories whose concept is t  x  share of memories whose trigger is followed by t
-    """
-    share = (concepts == following).double().mean().item()
-    size = int(max(concepts.max(), following.max())) + 1
-    chance = (concepts.bincount(minlength=size).double() @ following.bincount(minlength=size).double()).item() / len(concepts) ** 2
-    return share, (share * (1 - share) / len(concepts)) ** 0.5, chance
+@functools.wraps(key_entropy)
+def key_entropy(k, normalise="magnitude"):
+    plain = key_entropy.__wrapped__
+    return KeyEntropy.apply(k) if normalise == "magnitude" else plain(k, normalise)

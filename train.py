@@ -1,181 +1,162 @@
 """Fine-tune a model, with or without steering its feed-forward memory.
 
-    python train.py --steer reg                                  a tiny model, in a minute or two, scored before and after
-    python train.py --steer none int reg --seed 0 1 2            the same as an experiment: every arm, every seed, compared
+    python train.py --steer reg                  a tiny model, in a minute, scored before and after
     python train.py --model DIR --task boolq --data data/public --steer reg --out out/boolq-reg
 
-DIR is a checkpoint folder as published for Llama 3, Qwen 2.5, Qwen 3, Gemma 2 or Gemma 3 (text). The result in --out is such a
-folder too, with settings (args.json) and one line per step (log.jsonl) beside it. Without --model it is a tiny Llama that ships with
-the project (data/toy; also --model data/toy/qwen and data/toy/gemma), and the toy world's tasks.
+DIR is a checkpoint folder as published for Llama 3, Qwen 2.5 or 3, Gemma 2 or 3 (text). The result
+is such a folder too, with its settings (args.json) and a line per step (log.jsonl). Without
+--model, a tiny Llama learns the toy world's tasks. `python -m lab.experiment` compares runs.
 """
-import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
-import pickle
 import platform
+import re
 import shlex
-import shutil
 import sys
 import time
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
-from tqdm import tqdm
 
-from data import BadInput
+from data import BadInput, Parser, command, not_negative, number, positive, progress, whole
+from data.runs import (begin, claim, finish, load_state, peak_memory, read_run, same_run,
+                       save_state)
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
-from data.tokenizer import Tokenizer
-from data.world import DOCUMENTS, World, documents
-from eval import (BAR, PROFILE, RANK, TOY_FOLDER, TOY_TRAINING, WORLD, Parser, arm_name, base_folder, change_line, command, compare, comparison_table, find_runs,
-                  finite, join, load, load_profile, memory_profile, pick_device, positive, read_run, run_folder, save_profile, score, side_by_side,
-                  split_names, wait, write_whole)
-from infosteer import BASES, METHODS, NORMALISATIONS, RANKINGS, Steering, meaningful, parse_layers
-from model import Config, Transformer
+from eval import (PER_MEMORY, TOY_FOLDER, TOY_TRAINING, base_folder, change_line, keys_of, load,
+                  pick_device, score, set_threads, side_by_side, split_names, which_model,
+                  with_per_memory)
+from infosteer import GENERIC, METHODS, NORMALISATIONS, RANKINGS, Before, Steering, meaningful
+from model import Config, save_tensors
 
-try:
-    import fcntl
-    import resource
-except ImportError:                    # not on Windows: there the log has no peak memory on a CPU, and nothing stops two from resuming one run
-    fcntl = resource = None
-
-# Three recipes. Every value is a flag; a flag that is not given has the value of the recipe.
-PAPER = {"epochs": 1, "steps": None, "batch": 64, "max_length": 256, "lr": 5e-5, "warmup": 100, "weight_decay": 0.01, "clip": 1.0,
-         "micro_tokens": None}                                                    # Appendix A
-TOY = {**PAPER, "epochs": 3, "batch": 32, "lr": 2e-4, "warmup": 20}               # fine-tuning a model in data/toy
-PRETRAIN = {**PAPER, "batch": 32, "max_length": 129, "lr": 2e-3, "micro_tokens": 4096}         # --pretrain: making one
-MICRO_TOKENS = {"cpu": 1024, "cuda": 4096}                                        # as many as the caches hold; as many as keep a GPU busy
-TOY_SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-                 rms_norm_eps=1e-6, rope_theta=10_000.0, max_position_embeddings=256, tie_word_embeddings=True)
-TOY_FAMILIES = {                       # --pretrain NAME -> what its config.json says beside the shape
-    "llama": dict(TOY_SHAPE, model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu"),
-    "qwen": dict(TOY_SHAPE, model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu"),
-    "gemma": dict(TOY_SHAPE, model_type="gemma2", architectures=["Gemma2ForCausalLM"], hidden_activation="gelu_pytorch_tanh",
-                  query_pre_attn_scalar=32, sliding_window=64, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-}
+MICRO_TOKENS = {"cpu": 1024, "cuda": 4096}     # as many as caches hold; as keep a GPU busy
+DEVELOPMENT = 256                      # training rows that show how memories are used
 IGNORE = -100                          # the target of tokens that are not supervised
-CONTROL = ("train_only", "resume", "overwrite", "save_every", "steering", "out", "arms")      # flags that are no settings of a run
-SETTINGS = sorted({name for method in METHODS for base in BASES for name in meaningful(method, base)})      # flags of the steering
-MACHINE = ("command", "device", "micro_tokens", "checkpoint", "compile", "offload", "versions")      # settings that --resume may change: the run stays the same
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------- settings
+
+STEERING_FLAGS = {                     # name: (type or choices, what it means)
+    "p": (number, "int: the fraction of the memories that is raised"),
+    "alpha": (number, "int: they become alpha times the mean"),
+    "rank_by": (RANKINGS, "int: raise the smallest by magnitude, or by value as eq. 4 says"),
+    "lam": (number, "reg, surrogate-entropy: lambda of eq. 5; below 0 it concentrates the keys"),
+    "normalise": (NORMALISATIONS, "reg: how k becomes a distribution, |k| / sum|k| or softmax(k)"),
+    "generic": (GENERIC, "semantic, activation: the method whose change is scaled"),
+    "groups": (positive, "semantic, activation: groups of memories in a layer"),
+    "subgroups": (positive, "activation: groups within each of those"),
+    "beta_max": (not_negative, "semantic, activation: the largest strength of a group"),
+    "gamma": (number, "surrogate: growth of a coefficient per standard deviation of its score"),
+    "lambda_1": (number, "surrogate: weight of a memory's entropy in its score"),
+    "lambda_2": (number, "surrogate: weight of its divergence from the training responses"),
+    "buckets": (positive, "surrogate-entropy: groups of like tokens in place of the vocabulary"),
+    "layers": (str, "steer these only, from 1: 1-8 or 1,4,9-12 or 1-8:alpha=2,9-16:alpha=3"),
+}
+RECIPE_FLAGS = {       # name: (type, the paper's Appendix A, for the models in data/toy, meaning)
+    "epochs": (positive, 1, 3, "passes over the data"),
+    "steps": (positive, None, None, "stop after so many optimizer steps, where the schedule ends"),
+    "batch": (positive, 64, 32, "sequences in an optimizer step"),
+    "max_length": (positive, 256, 256, "tokens of prompt and response; the rest is cut off"),
+    "lr": (not_negative, 5e-5, 2e-4, "peak learning rate"),
+    "warmup": (whole, 100, 20, "steps of linear warm-up, before linear decay to 0"),
+    "weight_decay": (not_negative, 0.01, 0.01, "of matrices; norms and biases have none"),
+    "clip": (not_negative, 1.0, 1.0, "largest gradient norm; 0 does not clip"),
+}
+PAPER, TOY = ({name: row[column] for name, row in RECIPE_FLAGS.items()} for column in (1, 2))
+SWITCHES = {
+    "checkpoint": "compute activations twice: less memory, 1.3 to 1.9 times the time",
+    "compile": "torch.compile each block: slow to start, then faster on a GPU",
+    "train_only": "toy world: score neither base nor run",
+    "resume": "go on with an interrupted run, given the same flags",
+    "overwrite": "replace a finished or interrupted run at --out",
+}
 
 
-def number(text):
-    """An argparse type: a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
+def make_parser():
+    parser = Parser(prog="train.py", description=__doc__)
+    add = parser.add_argument_group("what to train").add_argument
+    trainable = [name for name, task in {**TASKS, **TOY_TASKS}.items() if "train" in task.splits]
+    add("--model", metavar="DIR", help="a checkpoint folder (default: data/toy/llama)")
+    add("--task", metavar="A,B", help=f"a comma list of: {', '.join(trainable)}; or commonsense, "
+        "the mixture of 170k rows (default: the toy world's)")
+    add("--data", metavar="DIR", help="the folder with TASK/train.json, as python data/prepare.py "
+        "makes one (default: data/toy)")
+    add("--limit", type=positive, metavar="N", help="only the first N rows of each task")
+    add("--out", metavar="DIR", help="the finished run; until then it grows in DIR.partial "
+        "(default: out/MODEL-ARM-seedN)")
+
+    add = parser.add_argument_group(
+        "steering (a flag that means nothing for the method is refused)").add_argument
+    add("--steer", choices=METHODS, default="none", help="none: plain fine-tuning; int: raise the "
+        "smallest key coefficients in the forward pass (eq. 4); reg: reward the entropy of the key "
+        "distribution in the loss (eq. 5); semantic: one of these, with a strength for each group "
+        "of memories with alike vectors; activation: the same, for memories that the same tokens "
+        "activate (B.1); surrogate: amplify the memories that say what the training responses say; "
+        "surrogate-entropy: reward the entropy of what the memories say together (B.2)")
+    usual = {**vars(Steering()), "layers": "all"}
+    for name, (kind, meaning) in STEERING_FLAGS.items():
+        limits = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        add(flag(name), help=f"{meaning} (default: {usual[name]})", **limits)
+
+    add = parser.add_argument_group("recipe (defaults: the paper's, Appendix A)").add_argument
+    for name, (kind, paper, toy, meaning) in RECIPE_FLAGS.items():
+        usual = f"{paper}; {toy} for the models in data/toy" if toy != paper else paper
+        add(flag(name), type=kind, metavar="N", help=f"{meaning} (default: {usual})")
+    add("--seed", type=int, default=0, help="the order of the examples (default: 0)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="bf16 is autocast over fp32 weights (default: bf16 on cuda, else fp32)")
+    add("--micro-tokens", type=positive, metavar="N", help="tokens in one pass; fewer need less "
+        "memory, and the gradients stay the same (default: {cuda} on cuda, else {cpu})".format(
+            **MICRO_TOKENS))
+    add("--threads", type=positive, metavar="N",
+        help="threads on a CPU (default: 1 for the toy world's tasks, else PyTorch's)")
+    add("--save-every", type=positive, metavar="N", help="save a state for --resume every N steps")
+    for name, meaning in SWITCHES.items():
+        add(flag(name), action="store_true", help=meaning)
+    return parser
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def read_settings(argv=None):
-    parser = Parser(prog="train.py", description=__doc__)
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--model", metavar="DIR", help="a checkpoint folder: config.json, safetensors, tokenizer files (default: data/toy/llama)")
-    group.add_argument("--task", metavar="A,B", help="a comma list of: "
-                       f"{', '.join(name for name, task in TASKS.items() if 'train' in task.splits)}; or commonsense, the 170k mixture; or of the toy "
-                       f"world's: {', '.join(name for name, task in TOY_TASKS.items() if 'train' in task.splits)} (default: the toy world's)")
-    group.add_argument("--data", metavar="DIR", help="the folder with TASK/train.json, as python data/prepare.py makes one (default: data/toy)")
-    group.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
-    group.add_argument("--out", metavar="DIR", help="the finished run; until then it grows in DIR.partial. With several arms or seeds, the folder of "
-                       "their folders (default: out/MODEL-ARM-seedN)")
-    group.add_argument("--pretrain", choices=TOY_FAMILIES, help="instead of fine-tuning, make a tiny model of this family from nothing but the toy "
-                       "world's text: how those in data/toy were made")
-
-    group = parser.add_argument_group("steering (a flag that means nothing for the method is refused)")
-    group.add_argument("--steer", choices=METHODS, nargs="+", default=["none"],
-                       help="one or several of none: plain fine-tuning; int: raise the smallest key coefficients in the forward pass (eq. 4); "
-                            "reg: reward the entropy of the key distribution in the loss (eq. 5); semantic and activation: one of these, with a strength "
-                            "for each group of memories, alike in their vectors or also in what calls them (B.1); surrogate: amplify the memories "
-                            "that say what the training responses say; surrogate-entropy: reward the entropy of what the memories say together (B.2)")
-    group.add_argument("--p", type=number, help="int: the fraction of the memories that is raised (default: 0.01)")
-    group.add_argument("--alpha", type=number, help="int: raised to alpha times the mean (default: 1)")
-    group.add_argument("--rank-by", choices=RANKINGS, help="int: smallest by magnitude, the idle memories, or by value, the literal "
-                       "reading of eq. 4 (default: magnitude)")
-    group.add_argument("--lam", type=number, help="reg, surrogate-entropy: lambda, the weight of the entropy; a negative one concentrates the keys (default: 0.01)")
-    group.add_argument("--normalise", choices=NORMALISATIONS, help="reg: how k becomes a distribution: |k| / sum|k|, or softmax(k) "
-                       "(default: magnitude)")
-    group.add_argument("--base", choices=BASES, help="semantic, activation: whose change is scaled; the flags of int or reg go with it (default: int)")
-    group.add_argument("--groups", type=positive, metavar="N", help="semantic, activation: groups of memories per layer (default: 16)")
-    group.add_argument("--subgroups", type=positive, metavar="N", help="activation: groups within each of those (default: 4)")
-    group.add_argument("--beta-max", type=finite, help="semantic, activation: the largest strength of a group (default: 4)")
-    group.add_argument("--gamma", type=number, help="surrogate: a memory is amplified by gamma for each standard deviation of its score (default: 0.1)")
-    group.add_argument("--lambda-1", type=number, help="surrogate: how much the entropy of what a memory says counts against it (default: 1)")
-    group.add_argument("--lambda-2", type=number, help="surrogate: how much its divergence from the training responses counts against it (default: 1)")
-    group.add_argument("--buckets", type=positive, metavar="N", help="surrogate-entropy: groups of like tokens that stand for the vocabulary (default: 256)")
-    group.add_argument("--layers", metavar="RANGES", help="steer these layers only, from 1, and perhaps with other strengths: 1-8 or 1,4,9-12 or "
-                       "1-8:alpha=2,9-16:alpha=3,17-24:alpha=1 (default: all)")
-    group.add_argument("--memory-profile", metavar="FILE", help=f"semantic, activation, surrogate, surrogate-entropy: what an earlier run with the same model "
-                       f"found out about its memories, RUN/{PROFILE}, instead of finding it out again")
-
-    def usual(name):
-        return f"(default: {PAPER[name]}; {TOY[name]} for the models in data/toy)" if PAPER[name] != TOY[name] else f"(default: {PAPER[name]})"
-
-    group = parser.add_argument_group("recipe (defaults: the paper's, Appendix A)")
-    group.add_argument("--epochs", type=positive, help=usual("epochs"))
-    group.add_argument("--steps", type=positive, metavar="N", help="stop after N optimizer steps; the schedule ends there too")
-    group.add_argument("--batch", type=positive, help=f"sequences per optimizer step; the paper's 4 x 16 {usual('batch')}")
-    group.add_argument("--max-length", type=positive, help=f"tokens of prompt and response; the rest is cut off {usual('max_length')}")
-    group.add_argument("--lr", type=finite, help=f"peak learning rate {usual('lr')}")
-    group.add_argument("--warmup", type=int, metavar="N", help=f"steps of linear warm-up, before linear decay to 0 {usual('warmup')}")
-    group.add_argument("--weight-decay", type=finite, help=f"of matrices; norms and biases have none {usual('weight_decay')}")
-    group.add_argument("--clip", type=finite, help=f"largest gradient norm; 0 does not clip {usual('clip')}")
-    group.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several: the order of the examples (default: 0)")
-
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                       help="bf16: autocast over fp32 weights (default: bf16 on cuda, else fp32)")
-    group.add_argument("--micro-tokens", type=positive, metavar="N", help="tokens, padding included, in one forward pass; lower it if memory is short, "
-                       f"the gradients stay the same (default: {MICRO_TOKENS['cuda']} on cuda, else {MICRO_TOKENS['cpu']})")
-    group.add_argument("--checkpoint", action="store_true", help="compute activations twice instead of keeping them: less memory, 1.3 to 1.9 times the time")
-    group.add_argument("--compile", action="store_true", help="torch.compile each block: slow to start, then faster on a GPU")
-    group.add_argument("--offload", action="store_true", help="keep gradients, optimizer state and master weights in CPU memory: less GPU memory, slower "
-                       "(torchrun --nproc-per-node N -- train.py ... spreads them over N GPUs instead, or as well)")
-    group.add_argument("--save-every", type=positive, metavar="N", help="save the state of the run every N steps, for --resume")
-    group.add_argument("--train-only", action="store_true", help="the laptop experiment: do not score base and run afterwards")
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted run, given the same flags")
-    group.add_argument("--overwrite", action="store_true", help="replace a finished or interrupted run at --out")
+    """A command line -> the settings of one run. Raises BadInput."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    meant = {method: meaningful(method, args.base or "int") for method in args.steer}
+    given = {name: value for name in STEERING_FLAGS if (value := getattr(args, name)) is not None}
     for name in given:
-        if not any(name in names for names in meant.values()):
-            parser.error(f"--{name.replace('_', '-')} means nothing with --steer {' '.join(args.steer)}{f' --base {args.base}' if args.base else ''}")
-    if args.memory_profile and not any(METHODS[method].needs for method in args.steer):
-        parser.error(f"--memory-profile means nothing with --steer {' '.join(args.steer)}, which needs to know nothing of the memories")
-    if len(set(args.steer)) < len(args.steer) or len(set(args.seed)) < len(args.seed):
-        parser.error("--steer and --seed take each method and each seed once")
-    if args.warmup is not None and args.warmup < 0:
-        parser.error("--warmup is below 0")
+        if name not in meaningful(args.steer, args.generic or "int"):
+            parser.error(f"{flag(name)} means nothing with --steer {args.steer}"
+                         + f" --generic {args.generic}" * bool(args.generic))
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite starts it anew; give one of them")
-    if args.pretrain and (args.model or args.task or given or args.steer != ["none"] or len(args.seed) > 1):
-        parser.error("--pretrain makes one plain model of the toy world's text; it goes with no --model, --task, --steer or second --seed")
     if args.model and not is_toy(args.model) and not (args.task and args.data):
-        parser.error(f"--model {args.model} needs --task and --data; without --model, a tiny model learns the toy world's tasks")
-
-    args.model = f"new {args.pretrain}" if args.pretrain else args.model or os.path.relpath(TOY_FOLDER / "llama")
+        parser.error(f"--model {args.model} needs --task and --data; without --model, a tiny model "
+                     "learns the toy world's tasks")
+    args.model = args.model or os.path.relpath(TOY_FOLDER / "llama")
     args.data = args.data or os.path.relpath(TOY_FOLDER)
-    args.task = None if args.pretrain else args.task or TOY_TRAINING
-    recipe = PRETRAIN if args.pretrain else TOY if is_toy(args.model) else PAPER
-    for name, value in recipe.items():
+    args.task = args.task or TOY_TRAINING
+    for name, value in (TOY if is_toy(args.model) else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     try:
-        args.arms = [Steering(method, **{name: value for name, value in given.items() if name in meant[method] and name != "layers"}) for method in args.steer]
-    except ValueError as error:
+        if args.layers is not None:
+            n_layers = Config.from_pretrained(args.model).n_layers
+            given["layers"] = parse_layers(args.layers, n_layers)
+        args.steering = Steering(args.steer, **given)
+    except ValueError as error:        # BadInput is one
         parser.error(str(error))
+    if not args.out:
+        args.out = str(run_folder("out", args.model, args.steering, args.seed))
+        args.resume = not args.overwrite and Path(f"{args.out}.partial").exists()
     return args
 
 
@@ -184,66 +165,78 @@ def is_toy(model):
     return Path(model).resolve().parent == TOY_FOLDER
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+def run_folder(out, model, steering, seed):
+    """Where the run of one arm and seed lives in a folder of several."""
+    return Path(out, f"{Path(model).resolve().name}-{steering.name}-seed{seed}")
+
+
+def parse_layers(text: str, n_layers: int) -> dict[int, dict[str, float]]:
+    """Layers, from 1, of a list of ranges, each perhaps with strengths of its own:
+    "1-2:alpha=2,4" -> {1: {"alpha": 2.0}, 2: {"alpha": 2.0}, 4: {}}. Raises ValueError outside
+    1..n_layers and for a layer with two strengths."""
+    layers = {}
+    for part in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?((?::[a-z0-9_-]+=[-+.0-9e]+)*)", part)
+        if not found:
+            raise ValueError(f"--layers {text!r}: {part!r} is not a layer, a range or a strength; "
+                             "write, for example, 1-8 or 1,4,9-12 or 1-8:alpha=2,9-16:alpha=3")
+        first, last = int(found[1]), int(found[2] or found[1])
+        here = dict(strength.split("=") for strength in found[3].split(":")[1:])
+        here = {name.replace("-", "_"): float(value) for name, value in here.items()}
+        if not 1 <= first <= last <= n_layers:
+            raise ValueError(f"--layers {text!r}: {part!r} is outside the model's layers "
+                             f"1-{n_layers}, or runs backwards")
+        for layer in range(first, last + 1):
+            if layers.setdefault(layer, here) != here:
+                raise ValueError(f"--layers {text!r}: layer {layer} has two different strengths")
+    return dict(sorted(layers.items()))
+
+
+# ----------------------------------------------------------------------------------- data
 
 
 def encode(examples, tokenizer, max_length):
-    """Examples -> [(ids, number of prompt ids)]: bos, prompt, response, eos, cut at max_length. Loss is on response and eos only.
-
-    Prompt and response are encoded apart, as they are when the model answers a prompt.
-    """
+    """Examples -> [(ids, number of prompt ids)]: bos, prompt, response, eos, cut at max_length.
+    Prompt and response are encoded apart, as they are when the model answers a prompt."""
     rows = []
-    for example in tqdm(examples, desc="encoding", unit="row", disable=BAR if len(examples) > 20_000 else True):
+    for example in progress(examples, desc="encoding", unit="row"):
         prompt = tokenizer.encode(example.prompt, special=False)
-        response = tokenizer.encode(example.response, bos=False, special=False) + [tokenizer.eos_id]
-        rows.append(((prompt + response)[:max_length], len(prompt)))
+        response = tokenizer.encode(example.response, bos=False, special=False)
+        rows.append(((prompt + response + [tokenizer.eos_id])[:max_length], len(prompt)))
     return rows
 
 
-def fine_tuning_data(args, device):
-    """-> model, tokenizer, rows of `encode`, a name for each row, a remark. Raises BadInput."""
-    examples = [example for name in split_names(args.task) for example in load_examples(args.data, name, "train")[:args.limit]]
-    model, tokenizer = load(args.model, torch.float32, "cpu" if spread(args) else device, weights=RANK == 0)     # process 0 hands them out
+def fine_tuning_data(args):
+    """-> model on the CPU, tokenizer, rows of `encode`, their names, a remark. Raises BadInput."""
+    examples = [example for name in split_names(args.task)
+                for example in load_examples(args.data, name, "train")[:args.limit]]
+    model, tokenizer = load(args.model)
     rows = encode(examples, tokenizer, args.max_length)
     cut = sum(ids[-1] != tokenizer.eos_id for ids, _ in rows)
-    kept = [row for row, (ids, n_prompt) in enumerate(rows) if len(ids) > n_prompt]
-    if not kept:
-        raise BadInput(f"--max-length {args.max_length}: no example has a token of its response left; raise it")
-    remark = f"; {cut:,} were longer than {args.max_length} tokens and lost their end" if cut else ""
-    remark += f"; {len(rows) - len(kept):,} of these had no response left and are not used" if len(kept) < len(rows) else ""
-    return model, tokenizer, [rows[row] for row in kept], [f"{examples[row].task} row {examples[row].index}" for row in kept], remark
+    used = [row for row, (ids, n_prompt) in enumerate(rows) if len(ids) > n_prompt]
+    if not used:
+        raise BadInput(f"--max-length {args.max_length} leaves no token of a response; raise it")
+    remark = f"; {cut:,} were longer than {args.max_length} tokens and lost their end" * (cut > 0)
+    if len(used) < len(rows):
+        remark += f"; {len(rows) - len(used):,} had no response left and are not used"
+    names = [f"{examples[row].task.name} row {examples[row].index}" for row in used]
+    return model, tokenizer, [rows[row] for row in used], names, remark
 
 
-def pretraining_data(args, device):
-    """The same for --pretrain: a new model, and the toy world's text packed into rows of max_length ids, all but the first supervised."""
-    tokenizer = Tokenizer.from_pretrained(args.data)
-    ids, text = [], hashlib.sha256()
-    for document in tqdm(documents(World()), total=DOCUMENTS, desc="writing the toy world", unit="document", disable=BAR):
-        ids += tokenizer.encode(document, special=False) + [tokenizer.eos_id]
-        text.update(document.encode())
-    config = Config.from_dict(dict(TOY_FAMILIES[args.pretrain], vocab_size=max(tokenizer.max_id, tokenizer.pad_id) + 1,
-                                   bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, torch_dtype="float32"))
-    stride = args.max_length - 1                       # the last id of a row is a target only, and the first id of the next
-    rows = [(ids[start:start + args.max_length], 1) for start in range(0, len(ids) - stride, stride)][:args.limit]
-    return Transformer(config).initialise(args.seed).to("cpu" if spread(args) else device), tokenizer, rows, [f"row {row} of the text" for row in range(len(rows))], (
-        f"; SHA-256 of the text {text.hexdigest()}")
-
-
-def order_of(n, epochs, batch, seed):
-    """The rows of every optimizer step: [[row, ...], ...], each epoch a new permutation."""
+def order_of(n, batch, seed):
+    """The rows of every optimizer step, without end; each epoch is a new permutation of n rows."""
     generator = torch.Generator().manual_seed(seed)
-    steps = []
-    for _ in range(epochs):
+    while True:
         rows = torch.randperm(n, generator=generator).tolist()
-        steps += [rows[start:start + batch] for start in range(0, n, batch)]
-    return steps
+        yield from (rows[start:start + batch] for start in range(0, n, batch))
 
 
 def micro_batches(rows, lengths, budget):
-    """Cut the rows of one step, sorted by length, into micro-batches of at most `budget` tokens, padding included."""
+    """Cut the rows of one step, sorted by length, into micro-batches of at most `budget` tokens,
+    padding included."""
     batches = []
-    for row in sorted(rows, key=lambda row: -lengths[row]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:     # the first row of a batch is its longest
+    for row in sorted(rows, key=lambda row: -lengths[row]):    # the first of a batch is the longest
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -251,14 +244,13 @@ def micro_batches(rows, lengths, budget):
 
 
 def collate(rows):
-    """[(ids, n_prompt)] -> inputs [B, T], targets [B, T] (IGNORE where not supervised), real [B, T] (False on padding).
-
-    The last id of a row is a target only. Padding is on the right, where causal attention cannot see it.
-    """
-    T = max(len(ids) for ids, _ in rows) - 1
-    inputs = torch.zeros(len(rows), T, dtype=torch.long)
-    targets = torch.full((len(rows), T), IGNORE)
-    real = torch.zeros(len(rows), T, dtype=torch.bool)
+    """[(ids, n_prompt)] -> inputs [B, T], targets [B, T] (IGNORE where not supervised), real [B, T]
+    (False on padding). The last id of a row is a target only. Padding is on the right, where causal
+    attention cannot see it. No rows make one token of padding, which adds nothing to any sum."""
+    B, T = max(1, len(rows)), max((len(ids) - 1 for ids, _ in rows), default=1)
+    inputs = torch.zeros(B, T, dtype=torch.long)
+    targets = torch.full((B, T), IGNORE)
+    real = torch.zeros(B, T, dtype=torch.bool)
     for row, (ids, n_prompt) in enumerate(rows):
         inputs[row, :len(ids) - 1] = torch.tensor(ids[:-1])
         targets[row, n_prompt - 1:len(ids) - 1] = torch.tensor(ids[n_prompt:])
@@ -266,22 +258,28 @@ def collate(rows):
     return inputs, targets, real
 
 
-# ----------------------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------- loss and schedule
 
 
-def losses(model, inputs, targets, real, steering, checkpoint=False, device=None):
-    """Sums over one micro-batch, in nats: cross-entropy over its supervised tokens [], key entropy and reward over its tokens [n_layers] each.
+def step_loss(model, rows, n_supervised, n_tokens, steering, checkpoint=False, device=None):
+    """What one micro-batch of rows adds to the loss of its optimizer step (eq. 5), in nats:
 
-    The caller divides them by the counts of the whole optimizer step, so that every supervised token of a step weighs the same,
-    whichever micro-batch it fell into. device: where to compute, if not where the weights are kept.
-    """
+        loss = L_LM - reward        reward = sum_l lambda_l (mean of H over the step's tokens)
+
+    n_supervised and n_tokens count the whole step, so that every supervised token of a step weighs
+    the same in whichever micro-batch. -> loss; without gradient L_LM, reward, flux [n_layers]."""
     device = device or model.embed.weight.device
-    supervised = (targets.flatten() != IGNORE).nonzero()[:, 0]                 # [S]  found on the CPU: no wait for the GPU
-    # [S, V], [n_layers, B, T] twice; the head runs where there is something to learn
-    logits, flux, reward = model.predict(inputs.to(device), supervised.to(device), steering, checkpoint)
-    lm = F.cross_entropy(logits, targets.flatten()[supervised].to(device), reduction="sum")
+    inputs, targets, real = collate(rows)
+    supervised = (targets.flatten() != IGNORE).nonzero()[:, 0]     # [S]  on the CPU: nobody waits
+    logits, flux, reward = model.predict(                      # [S, V], [n_layers, B, T] twice
+        inputs.to(device), supervised.to(device), steering, checkpoint)
+    wanted = targets.flatten()[supervised].to(device)          # [S]
+    lm = F.cross_entropy(logits, wanted, reduction="sum") / n_supervised
     real = real.to(device)
-    return lm, (flux.detach() * real).sum((1, 2)), (reward * real).sum((1, 2))         # [], [n_layers], [n_layers]
+    lam = torch.tensor([steering.at(layer).lam for layer in range(len(reward))], device=device)
+    reward = (lam * (reward * real).sum((1, 2))).sum() / n_tokens  # 0 unless the method has one
+    flux = (flux.detach() * real).sum((1, 2)) / n_tokens       # [n_layers]
+    return lm - reward, lm.detach(), reward.detach(), flux
 
 
 def learning_rate(step, args, total):
@@ -291,328 +289,194 @@ def learning_rate(step, args, total):
     return args.lr * (total - step) / max(1, total - args.warmup)
 
 
-# ------------------------------------------------------------- more than one GPU, or less memory than the model takes: PyTorch's FSDP2
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)               # a state dict of whole tensors, at process 0
-HANDED_OUT = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+# --------------------------------------------------------------------------------- the loop
 
 
-def shards_on_a_cpu():
-    """Can this version of PyTorch spread a model without a GPU? 2.9 can and 2.6 cannot; nothing between was tried."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+class ALONE:                           # the world of a plain run: this process does everything
+    writes, wait = True, staticmethod(lambda: None)
+    share = sum = whole = staticmethod(lambda thing: thing)
+    prepare = staticmethod(lambda model, device: model.to(device))
+    state = staticmethod(lambda *parts: [part.state_dict() for part in parts])
+    restore = staticmethod(lambda states, *parts: [
+        part.load_state_dict(state) for part, state in zip(parts, states)])
 
 
-def spread(args):
-    """Is the model spread over processes, or partly in CPU memory?"""
-    return WORLD > 1 or args.offload
-
-
-def shard(model, device, offload):
-    """Spread parameters, gradients and optimizer state over the processes: process 0's model -> the same model, a part of each tensor here.
-
-    A block's tensors are put together when it is used, and its gradients are summed and divided as they come.
-    """
-    if device.type == "cpu" and not shards_on_a_cpu():
-        raise BadInput(f"several processes, and --offload, need torch 2.9 where there is no GPU; this is {torch.__version__}")
-    with torch.device("meta"):
-        sharded = Transformer(model.config)
-    mesh, policy = init_device_mesh(device.type, (WORLD,)), CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    for part in (*sharded.blocks, sharded):
-        fully_shard(part, mesh=mesh, offload_policy=policy)
-    register_fsdp_forward_method(sharded, "predict")
-    sharded.to_empty(device="cpu" if offload else device)
-    set_model_state_dict(sharded, model.state_dict() if RANK == 0 else {}, options=HANDED_OUT)
-    return sharded
-
-
-def whole(model):
-    """The whole of a sharded model, on the CPU of process 0 (elsewhere, an empty one)."""
-    weights = get_model_state_dict(model, options=WHOLE)
-    with torch.device("meta"):
-        together = Transformer(model.config)
-    if RANK == 0:
-        together.load_state_dict(weights, assign=True)
-    return together
-
-
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-
-def train(args):
-    """One run, from its settings to its folder."""
+def train(args, world=ALONE, data=fine_tuning_data):
+    """One run, from its settings to its folder. `world` says who does what, `data` what is learnt.
+    Raises BadInput."""
     out = Path(args.out)
-    work = out.with_name(out.name + ".partial")
-    state_file, log_file = work / "state.pt", work / "log.jsonl"
-    if out.exists() and not read_run(out):
-        raise BadInput(f"{out}: exists and is not a run of train.py, so it is never replaced; choose another --out")
-    if out.exists() and not args.overwrite:
-        raise BadInput(f"{out}: a finished run; --overwrite replaces it, or choose another --out")
-    if work.exists() and not (args.resume or args.overwrite):
-        raise BadInput(f"{work}: an interrupted run; --resume goes on with it, --overwrite starts anew")
-    if args.resume and not work.exists():
-        raise BadInput(f"{work}: no interrupted run to resume; leave --resume away to start one")
-    wait()                                                                     # until every process has looked, and one may write
+    with claim(out, args.resume, args.overwrite) if world.writes else nullcontext():
+        world.wait()
+        run(args, world, data, out, Path(f"{out}.partial"))
+    print(f"saved      {out}")
 
-    # ---- data and model
+
+def run(args, world, data, out, work):
+    """The run itself: it grows in the folder `work` and then appears at `out`."""
+    # ---- data, model and folder
     device = pick_device(args.device)
-    args.micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"]
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "fp32"
-    model, tokenizer, rows, names, remark = (pretraining_data if args.pretrain else fine_tuning_data)(args, device)
+    cuda = device.type == "cuda"
+    args.micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if cuda else "cpu"]
+    args.precision = args.precision.replace("auto", "bf16" if cuda else "fp32")
+    model, tokenizer, rows, names, remark = data(args)
     lengths = [len(ids) - 1 for ids, _ in rows]
-    steps = order_of(len(rows), args.epochs, args.batch, args.seed)[:args.steps]
-
-    # ---- what a fine-grained method must know of the memories beforehand
-    steering, profile_file = args.steering, work / PROFILE
-    if METHODS[steering.method].needs and RANK == 0:
-        source = args.memory_profile or (profile_file if args.resume and profile_file.is_file() else None)
-        home = model.embed.weight.device                                       # a CPU, if the model is to be spread
-        profile = load_profile(source, model, steering) if source else memory_profile(model.to(device), rows, steering, args.seed)
-        model.to(home)
-
-    # ---- the run's folder
-    settings = {key: value for key, value in vars(args).items() if key not in CONTROL}
-    settings |= {"steering": steering.settings, "steps_total": len(steps), "examples": len(rows),
-                 "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    total = min(args.epochs * -(-len(rows) // args.batch), args.steps or math.inf)     # steps
+    settings = settings_of(args) | {
+        "steps_total": total, "examples": len(rows),
+        "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
     if args.resume:
-        before = read_run(work)
-        differing = [key for key in settings if before.get(key) != json.loads(json.dumps(settings[key])) and key not in MACHINE]
-        if differing:
-            raise BadInput(f"{work}: was started with another {', '.join(differing)}; resume with the same flags, or --overwrite")
-    wait()
+        same_run(settings, read_run(work), work)
     log = open(os.devnull, "a")
-    if RANK == 0:
-        if args.overwrite and work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        log = open(log_file, "a", encoding="utf-8")
-        try:
-            fcntl and fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until the file is closed, or the process gone
-        except BlockingIOError:
-            raise BadInput(f"{work}: another process is training this run") from None
-        write_whole(work / "args.json", json.dumps(settings, indent=2) + "\n")
-        if METHODS[steering.method].needs:
-            save_profile(profile_file, profile, model, steering)
-    wait()
+    if world.writes:
+        log = begin(work, settings, tokenizer, args.overwrite)
+    world.wait()
 
     # ---- steering
-    change = None
-    if METHODS[steering.method].needs:
-        steering = steering.knowing(load_profile(profile_file, model, steering, own=True, device=device))
-    if METHODS[steering.method].change and steering.base == "int" and not spread(args):
-        change = change_line(model, [ids[:n_prompt] for ids, n_prompt in rows[:64]], steering)
-    lam = torch.tensor([steering.at(layer).lam for layer in range(model.config.n_layers)], device=device)     # eq. 5, for each layer
+    steering, change = args.steering, ""
+    if find_out := METHODS[steering.method].per_memory:
+        if world.writes and not (work / PER_MEMORY).is_file():
+            found = find_out(steering, look_before(model.to(device), rows, args.seed))
+            save_tensors({"per_memory": found}, work / PER_MEMORY)
+        world.wait()
+        steering = with_per_memory(steering, work / PER_MEMORY, device)
+    if METHODS[steering.method].change and steering.generic == "int" and world is ALONE:
+        prompts = [ids[:n_prompt] for ids, n_prompt in rows[:64]]
+        change = "\n           " + change_line(model.to(device), prompts, steering)
 
     # ---- model and optimizer
     n_parameters = sum(weight.numel() for weight in model.parameters())
-    if spread(args):
-        model = shard(model, device, args.offload)
+    model = world.prepare(model, device)
     if args.compile:
-        torch._dynamo.config.specialize_float = True                           # p and alpha are constants of a run, and how many entries they mean too
+        torch._dynamo.config.specialize_float = True           # p and alpha are constants of a run
         for block in model.blocks:
             block.compile(dynamic=True)
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
-    vectors = [weight for weight in model.parameters() if weight.dim() < 2]    # decaying a norm or a bias pulls it to a meaningless 0
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, fused=True)
-    start, log_bytes = load_state(state_file, model, optimizer, spread(args)) if args.resume and state_file.is_file() else (0, 0)
-    if RANK == 0:
-        log.truncate(log_bytes)                                                # forget the steps that will be done again
+    vectors = [weight for weight in model.parameters() if weight.dim() < 2]    # they never decay
+    optimizer = torch.optim.AdamW([
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0}], lr=args.lr, fused=True)
+    start, log_bytes, states = 0, 0, None
+    if args.resume and (work / "state.pt").is_file():
+        start, log_bytes, states = load_state(work / "state.pt")
+        world.restore(states, model, optimizer)
+    if world.writes:
+        log.truncate(log_bytes)        # forget the steps that will be done again
 
-    tokens, supervised = sum(lengths), sum(len(ids) - n_prompt for ids, n_prompt in rows)
-    print(f"model      {args.model}: {n_parameters:,} parameters, {model.config.n_layers} layers of {model.config.d_m:,} memories")
-    print(f"data       {len(rows):,} {'rows' if args.pretrain else 'examples'}, {tokens:,} tokens, {supervised:,} of them supervised{remark}")
-    print(f"steering   {steering}" + (f"\n           {change}" if change else ""))
-    print(f"recipe     {len(steps):,} steps of {args.batch}, lr {args.lr:g}, {args.warmup} warm-up, seed {args.seed}, {args.precision} on "
-          + (f"{WORLD} x {device.type}" if WORLD > 1 else str(device)) + (", offloaded" if args.offload else "")
-          + ("; note: the warm-up takes the whole run, --warmup sets it" if args.warmup >= len(steps) else ""))
-    if start:
-        print(f"resuming   after step {start}")
+    supervised = sum(len(ids) - n_prompt for ids, n_prompt in rows)
+    print(f"model      {args.model}: {n_parameters:,} parameters, "
+          f"{model.config.n_layers} layers of {model.config.d_m:,} memories\n"
+          f"data       {len(rows):,} rows, {sum(lengths):,} tokens, {supervised:,} of them "
+          f"supervised{remark}\n"
+          f"steering   {steering}{change}\n"
+          f"recipe     {total:,} steps of {args.batch}, lr {args.lr:g}, {args.warmup} warm-up, "
+          f"seed {args.seed}, {args.precision} on {device}"
+          + f"\n           --warmup {args.warmup} takes the whole run" * (args.warmup >= total)
+          + f"\nresuming   after step {start}" * bool(start), flush=True)
 
     # ---- loop
     model.train()
-    bar = tqdm(total=len(steps), initial=start, desc="training", unit="step", disable=BAR)
+    bar = progress(total=total, initial=start, desc="training", unit="step")
+    steps = itertools.islice(order_of(len(rows), args.batch, args.seed), start, total)
     with bar, log:
-        for step in range(start, len(steps)):
+        for step, chosen in enumerate(steps, start):
             began = time.perf_counter()
-            batches = micro_batches(steps[step], lengths, args.micro_tokens)
-            batches += [[]] * (-len(batches) % WORLD)                          # every process takes part in every pass, some with nothing to say
-            n_tokens = sum(lengths[row] for row in steps[step])
-            n_supervised = sum(len(rows[row][0]) - rows[row][1] for row in steps[step])
-            parts = []                                                         # of each micro-batch: its share of L_LM, of the reward, of H per layer
-            for batch in batches[RANK::WORLD]:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False):
-                    sums = losses(model, *collate([rows[row] for row in batch or steps[step][:1]]), steering, args.checkpoint, device)
-                lm, entropy, reward = sums if batch else [0 * each for each in sums]
-                lm, entropy, reg = lm / n_supervised, entropy / n_tokens, -(lam * reward).sum() / n_tokens       # eq. 5; only reg and its kind reward
-                ((lm + reg) * WORLD).backward()                                # the processes' gradients are averaged, and here a sum is meant
-                parts.append(torch.cat([lm.detach()[None], reg.detach()[None], entropy]))
+            n_tokens = sum(lengths[row] for row in chosen)
+            n_supervised = sum(len(rows[row][0]) - rows[row][1] for row in chosen)
+            batches, parts = world.share(micro_batches(chosen, lengths, args.micro_tokens)), []
+            for batch in batches:
+                with torch.autocast(device.type, torch.bfloat16, cache_enabled=False,
+                                    enabled=args.precision == "bf16"):
+                    loss, lm, reward, flux = step_loss(
+                        model, [rows[row] for row in batch], n_supervised, n_tokens, steering,
+                        args.checkpoint, device)
+                loss.backward()
+                parts.append(torch.cat([lm[None], reward[None], flux]))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-            norm = norm.full_tensor() if spread(args) else norm
-            parts = torch.stack(parts)                                         # [micro-batches, 2 + n_layers]
-            total = parts.sum(0)
-            if WORLD > 1:
-                dist.all_reduce(total)
-            total, parts = total.cpu(), parts.cpu()
-            lm, reg, entropy = total[0].item(), total[1].item() + 0.0, total[2:]
-            if not math.isfinite(lm + reg + norm.item()):
-                bad = next((batch for batch, part in zip(batches[RANK::WORLD], parts) if not part.isfinite().all()), batches[RANK])
-                sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, reg_loss {reg:g}, gradient norm {norm.item():g}) in the batch of "
-                         f"{', '.join(names[row] for row in bad[:8])}{', ...' if len(bad) > 8 else ''}; the last saved state is kept in {work}; a lower --lr often helps")
+            norm, parts = world.whole(norm).item(), torch.stack(parts)     # [passes, 2 + n_layers]
+            lm, reward, *flux = world.sum(parts.sum(0)).tolist()
+            if not math.isfinite(lm + reward + norm):
+                bad = [batch for batch, part in zip(batches, parts) if not part.isfinite().all()]
+                rows_of = ", ".join(names[row] for row in (bad or batches)[0][:8])
+                sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, "
+                         f"reward {reward:g}, gradient norm {norm:g}) in the batch of {rows_of}; "
+                         f"the last saved state is kept in {work}; a lower --lr often helps")
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args, len(steps))
+                group["lr"] = learning_rate(step, args, total)
             optimizer.step()
             optimizer.zero_grad()
 
             seconds = time.perf_counter() - began
-            line = {"step": step + 1, "loss": lm + reg, "lm_loss": lm, "reg_loss": reg, "key_entropy": entropy.mean().item(),
-                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(), "tokens": n_tokens, "supervised_tokens": n_supervised,
-                    "examples": len(steps[step]), "tokens_per_second": n_tokens / seconds, "examples_per_second": len(steps[step]) / seconds,
+            line = {"step": step + 1, "loss": lm - reward, "lm_loss": lm, "reward": reward,
+                    "flux": sum(flux) / len(flux), "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": norm, "tokens": n_tokens, "supervised_tokens": n_supervised,
+                    "examples": len(chosen), "tokens_per_second": n_tokens / seconds,
+                    "examples_per_second": len(chosen) / seconds,
                     "peak_memory_bytes": peak_memory(device)}
             log.write(json.dumps(line) + "\n")
-            bar.set_postfix(loss=f"{line['loss']:.3f}", H=f"{line['key_entropy']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False)
+            log.flush()
+            bar.set_postfix(loss=f"{line['loss']:.3f}", flux=f"{line['flux']:.3f}",
+                            tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False)
             bar.update()
-            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(steps):
-                log.flush()
-                save_state(state_file, model, optimizer, step + 1, log.tell())
+            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < total:
+                states = world.state(model, optimizer)
+                if world.writes:
+                    save_state(work / "state.pt", step + 1, log.tell(), states)
 
     # ---- the finished run appears as a whole
-    model = whole(model) if spread(args) else model
-    if RANK == 0:
+    model = world.whole(model)
+    if world.writes:
         model.save_pretrained(work)
-        for name in tokenizer.files:
-            shutil.copyfile(Path(args.data if args.pretrain else args.model, name), work / name)
-        old = out.with_name(out.name + ".old")
-        if out.exists():
-            os.replace(out, old)                                               # a crash from here on leaves the old run or the new one
-        os.replace(work, out)
-        shutil.rmtree(old, ignore_errors=True)
-        (out / "state.pt").unlink(missing_ok=True)
-    wait()
-    print(f"saved      {out}")
+        finish(work, out)
+    world.wait()
 
 
-def peak_memory(device):
-    """Bytes: the allocator's peak on a GPU, the process's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)     # Linux counts in KiB
+def settings_of(args):
+    """What args.json says of a run before its data are read: all that is no control of the loop."""
+    control = {"train_only", "resume", "overwrite", "save_every", "out", "steer", *STEERING_FLAGS}
+    return {key: value for key, value in vars(args).items() if key not in control} | {
+        "steering": json.loads(json.dumps(args.steering.settings)),
+        "model_sha256": which_model(args.model),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
-def save_state(path, model, optimizer, step, log_bytes):
-    """Replace the resume state at once: a crash leaves the old one or the new one, never half of one. It holds whole tensors, so that a run
-    may go on with another number of processes."""
-    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
-    if RANK == 0:
-        part = path.with_suffix(".part")
-        try:
-            with open(part, "wb") as file:
-                torch.save({"step": step, "log_bytes": log_bytes, "model": weights, "optimizer": moments}, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except RuntimeError as error:                                          # which torch.save makes of an OSError
-            raise OSError(f"{part}: cannot write it ({str(error).splitlines()[0]}); is the disk full? The state saved before is kept") from None
-        os.replace(part, path)
+def look_before(model, rows, seed):
+    """What a fine-grained method may look at: the memories, and DEVELOPMENT rows drawn by seed."""
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = [rows[row][0][:-1] for row in chosen[:DEVELOPMENT]]
+    said = torch.tensor([i for ids, n_prompt in rows for i in ids[n_prompt:]])
+    vectors = [block.memory.values.weight.detach().T for block in model.blocks]
+    decode = model.decode.detach()
+    return Before(progress(vectors, desc="reading memories", unit="layer"), decode,
+                  progress(keys_of(model, texts), total=len(texts), desc="watching", unit="text"),
+                  sum(map(len, texts)), said.bincount(minlength=len(decode)).to(decode), seed)
 
 
-def load_state(path, model, optimizer, handed_out):
-    """Read what `save_state` wrote into model and optimizer -> (steps done, bytes of the log). Raises BadInput."""
-    state = {"model": {}, "optimizer": {}, "step": 0, "log_bytes": 0}
-    try:
-        if RANK == 0:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        options = HANDED_OUT if handed_out else StateDictOptions(full_state_dict=True)
-        set_model_state_dict(model, state["model"], options=options)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-        done = [state["step"], state["log_bytes"]]
-    except (RuntimeError, KeyError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path}: not a state of this run ({str(error).splitlines()[0]}); --overwrite starts anew") from None
-    if WORLD > 1:
-        dist.broadcast_object_list(done)
-    return done
+# ---------------------------------------------------------------------------------- command
 
 
-# -------------------------------------------------------------------------------------------------------------- command
-
-
-def plan(args):
-    """The runs that the flags ask for: [(settings of one run, is it finished?)], one per arm and seed. Raises BadInput."""
-    several = len(args.arms) * len(args.seed) > 1 or not args.out
-    runs, layers = [], None
-    if args.layers is not None:
-        try:
-            layers = parse_layers(args.layers, Config.from_pretrained(args.model).n_layers)
-        except ValueError as error:
-            raise BadInput(error if isinstance(error, BadInput) else f"--layers: {error}") from None
-    for steering, seed in ((steering, seed) for steering in args.arms for seed in args.seed):
-        meant = meaningful(steering.method, steering.base)
-        if layers and steering.method != "none":
-            for name in {name for here in layers.values() for name in here} - set(meant):
-                raise BadInput(f"--layers: {name} means nothing with --steer {steering.method}")
-            steering = replace(steering, layers=layers)
-            try:
-                [steering.at(layer - 1) for layer in layers]
-            except ValueError as error:
-                raise BadInput(f"--layers: {error}") from None
-        unmeant = {name: None for name in SETTINGS if name not in meant}       # flags for the other arms
-        run = argparse.Namespace(**{**vars(args), "steer": steering.method, "steering": steering, "seed": seed, **unmeant})
-        run.memory_profile = args.memory_profile if METHODS[steering.method].needs else None
-        if several:
-            run.out = str(run_folder(args.out or "out", args.model, steering, seed))
-            run.resume = not args.overwrite and Path(run.out + ".partial").exists()
-        before = {} if args.overwrite else read_run(run.out)
-        differing = [key for key in before if key in vars(run) and key not in (*CONTROL, *MACHINE, "precision") and vars(run)[key] != before[key]]
-        if several and differing:
-            raise BadInput(f"{run.out}: a finished run with another {', '.join(differing)}; --overwrite replaces it, or choose another --out")
-        runs.append((run, bool(before) and (several or args.resume)))
-    return runs
+def finished(args):
+    """Is there a finished run of these settings at --out? Raises BadInput for one of others."""
+    before = {} if args.overwrite else read_run(args.out)
+    if before:
+        same_run(settings_of(args) | {"precision": before.get("precision")}, before, args.out)
+    return bool(before)
 
 
 def main(argv=None):
     args = read_settings(argv)
-    join(pick_device(args.device), alone=args.offload)
-    if args.pretrain:
-        args.out = args.out or os.path.relpath(TOY_FOLDER / args.pretrain)
-        args.steering, args.seed = args.arms[0], args.seed[0]
-        train(args)
-        return describe_pretraining(args)
-    runs = plan(args)
-    wait()
-    for run, finished in runs:
-        if finished:
-            print(f"{run.out} is a finished run; --overwrite trains it again")
-        else:
-            train(run)
-    if not is_toy(args.model) or args.train_only:
-        return print(f"next       python eval.py --model {runs[0][0].out} --task {args.task} --data {args.data}")
-
-    # ---- the laptop experiment: score the base model and every run on all three suites
-    base = base_folder(Path(runs[0][0].out).parent, args.model)
-    scores = {"base": score(args.model, list(TOY_TASKS), os.path.relpath(TOY_FOLDER), base / "eval", device=args.device, overwrite=args.overwrite)}
-    for run, _ in runs:
-        scores[f"{arm_name(run.steering)} seed {run.seed}"] = score(run.out, list(TOY_TASKS), os.path.relpath(TOY_FOLDER), device=args.device)
-    if len(runs) == 1:
-        print(f"\n{side_by_side(scores)}\n\nnext       python train.py --steer none int reg --seed 0 1 2      all arms, three seeds, compared")
+    set_threads(args.threads, split_names(args.task))
+    if finished(args):
+        print(f"{args.out} is a finished run; --overwrite trains it again")
     else:
-        print(f"\n{comparison_table(compare([run for run in find_runs(base.parent) if run['model'] == args.model]))}\n\nnext       python eval.py --compare {base.parent}")
-
-
-def describe_pretraining(args):
-    """Write pretraining.json beside a new tiny model: how it was made, and how much it knows."""
-    log = [json.loads(line) for line in open(Path(args.out, "log.jsonl"), encoding="utf-8")]
-    settings, cloze = read_run(args.out), score(args.out, ["toy-cloze"], args.data, device=args.device)[0]
-    shutil.rmtree(Path(args.out, "eval"))
-    last = log[-50:]
-    write_whole(Path(args.out, "pretraining.json"), json.dumps({
-        "command": f"python train.py --pretrain {args.pretrain}", "seed": args.seed, "versions": settings["versions"], "threads": torch.get_num_threads(),
-        "steps": len(log),
-        "tokens": sum(line["tokens"] for line in log), "rows_sha256": settings["data_sha256"],
-        "final_loss": sum(line["lm_loss"] for line in last) / len(last), "cloze_accuracy": cloze["accuracy"], "cloze_items": cloze["n"],
-        "cloze_standard_error": cloze["standard_error"]}, indent=2) + "\n")
-    print(Path(args.out, "pretraining.json").read_text(encoding="utf-8"))
+        train(args)
+    if args.train_only or not is_toy(args.model):
+        flags = ["--model", args.out, "--task", args.task, "--data", args.data]
+        return print("next       " + shlex.join(["python", "eval.py", *flags]))
+    base = base_folder(Path(args.out).parent, args.model) / "eval"
+    scores = {"base": score(args.model, TOY_TASKS, TOY_FOLDER, base, device=args.device),
+              args.steering.name: score(args.out, TOY_TASKS, TOY_FOLDER, device=args.device)}
+    print(f"\n{side_by_side(scores)}\n\n"
+          "next       python -m lab.experiment --steer none int reg --seed 0 1 2")
 
 
 if __name__ == "__main__":

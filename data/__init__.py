@@ -1,17 +1,20 @@
-"""Everything that is text or a file of text: tokenizers, tasks, and fetching them."""
+"""The words of bad input, the one command line, the one progress bar, files written whole."""
 import argparse
 import json
+import math
+import os
+import sys
 from pathlib import Path
 
-
-LONGEST_MESSAGE = 600                  # seven lines of a terminal
+from tqdm import tqdm
 
 
 class BadInput(ValueError):
     """Something the user gave us is wrong. The message is one line: what, where, what to do.
 
-    Commands print it and exit with status 2. Everything else that goes wrong is a bug and keeps its traceback. What a message quotes
-    comes from the very file that is wrong, so it is made printable here, and a long one loses its middle.
+    Commands print it and exit with status 2. Everything else that goes wrong is a bug and keeps its
+    traceback. What a message quotes comes from the very file that is wrong, so it is made printable
+    here, and a long one loses its middle.
     """
 
     def __init__(self, message):
@@ -19,27 +22,115 @@ class BadInput(ValueError):
         super().__init__(shorten("".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)))
 
 
-def shorten(text):
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE - 207]} [...] {text[-200:]}"
+def shorten(text, most=600):           # characters: seven lines of a terminal
+    return text if len(text) <= most else f"{text[:most - 207]} [...] {text[-200:]}"
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line; the usage is a --help away."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+# ------------------------------------------------------------------------------- files
 
 
 def read_json(path, kind=dict):
-    """The JSON value of a file. Raises BadInput if it is missing, is not UTF-8 JSON, or holds another kind of value than `kind`."""
+    """The JSON value of a file. Raises BadInput if the file is missing, is not UTF-8 JSON, or holds
+    another kind of value than `kind`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot read it ({error.strerror})") from None
     except (ValueError, RecursionError) as error:          # a UnicodeDecodeError is a ValueError
-        raise BadInput(f"{path}: not readable as JSON ({error}); if it was downloaded, fetch it again") from None
+        raise BadInput(f"{path}: not readable as JSON ({error}); "
+                       "if it was downloaded, fetch it again") from None
     if not isinstance(value, kind):
-        raise BadInput(f"{path}: a JSON {'object' if kind is dict else 'list'} is needed, not a {type(value).__name__}")
+        wanted = "object" if kind is dict else "list"
+        raise BadInput(f"{path}: a JSON {wanted} is needed, not a {type(value).__name__}")
     return value
+
+
+def write_whole(path, text):
+    """Write a text file so that it is there completely or not at all; its folder is made."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "w", encoding="utf-8", newline="\n") as file:      # the same bytes everywhere
+        file.write(text)
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, and whose flags are never guessed from a prefix."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
+
+
+def whole(text, least=0):
+    """An argparse type: a whole number at or above 0."""
+    if not text.isdecimal() or int(text) < least:
+        where = "above" if least else "at or above"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {where} 0")
+    return int(text)
+
+
+def positive(text):
+    """An argparse type: a whole number above 0."""
+    return whole(text, 1)
+
+
+def number(text):
+    """An argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def not_negative(text):
+    """An argparse type: a finite number at or above 0."""
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+    return value
+
+
+def command(main):
+    """Run the main() of a command. What the user can mend becomes one line on standard error and
+    exit status 2: bad input, a file that cannot be read or written, too little memory."""
+    name = Path(sys.argv[0]).name
+    try:
+        return main()
+    except BrokenPipeError:            # of `... | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (BadInput, OSError) as error:
+        problem = " ".join(str(error).split())
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError on a GPU, and what PyTorch says on a CPU
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and (
+                "can't allocate memory" not in str(error)):
+            raise
+        problem = ("out of memory; first lower --micro-tokens (training) or --cache-gb "
+                   "(evaluation), then add --checkpoint (training)")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; what was saved is kept", file=sys.stderr)
+        sys.exit(130)
+    print(f"{name}: error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def progress(things=None, **settings):
+    """tqdm for people: a bar on a terminal; elsewhere a line every half minute, and none for short
+    work, so that a log file shows a sign of life and stays readable."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, about {remaining} left\n"
+        settings |= dict(delay=30, mininterval=30, maxinterval=30, bar_format=line)
+    return tqdm(things, **settings)

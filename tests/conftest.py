@@ -1,14 +1,26 @@
-"""Shared by all tests: the project's root on the path, and the optional folder of real files."""
+"""Shared by all tests: where things are, the marks, and the optional folder of real files."""
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"            # real datasets and tokenizers; not part of the project, so tests skip without it
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)                   # the models are tiny: a second thread only waits, and badly so on a busy machine
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+SHARED = ROOT.parent / "shared"        # real datasets and tokenizers, which are no part of this
+sys.path[:0] = [str(ROOT), str(TESTS)]
+torch.set_num_threads(1)               # the models are tiny: a second thread would only wait
+
+MARKS = {
+    "course": "the tests to read first, in the order of their numbers",
+    "memory": "how much memory a function keeps; a right answer in plain autograd fails these",
+    "real": "needs a real published model, and is skipped where there is none",
+}
+
+
+def pytest_configure(config):
+    for mark, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
 
 
 @pytest.fixture

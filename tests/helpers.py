@@ -1,24 +1,25 @@
-"""Small checkpoints and datasets, made on the spot."""
+"""Small checkpoints, datasets and runs, made on the spot."""
 import json
 import shutil
 from pathlib import Path
 
-from model import Config, Transformer
+import train
+from model import Config, Transformer, read_tensors
 
 TOKENIZERS = Path(__file__).parent / "golden" / "tokenizers"
 
 
 def checkpoint_folder(folder, family="llama", spoil=lambda model: None):
     """A model folder of random weights with the tokenizer of its family's kind."""
-    name = {"llama": "llama", "qwen2": "qwen", "gemma2": "gemma"}[family]
-    files = list((TOKENIZERS / name).glob("tokenizer*.json"))
-    size = len(json.loads((TOKENIZERS / name / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]) + 300
-    raw = dict(model_type=family, vocab_size=size, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-               num_key_value_heads=2, head_dim=8, sliding_window=64, torch_dtype="float32", tie_word_embeddings=True)
-    model = Transformer(Config.from_dict(raw)).initialise(0)
-    spoil(model)
+    files = TOKENIZERS / {"llama": "llama", "qwen2": "qwen", "gemma2": "gemma"}[family]
+    tokenizer = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))
+    model = Transformer(Config.from_dict(dict(
+        model_type=family, vocab_size=len(tokenizer["model"]["vocab"]) + 300, hidden_size=32,
+        intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, sliding_window=64, torch_dtype="float32", tie_word_embeddings=True)))
+    spoil(model.initialise(0))
     model.save_pretrained(folder)
-    for file in files:
+    for file in files.glob("tokenizer*.json"):
         shutil.copy(file, folder)
     return folder
 
@@ -27,4 +28,30 @@ def write_task(data, task, split, rows):
     """A task file in the common layout, from (question, answer) pairs."""
     (data / task).mkdir(parents=True, exist_ok=True)
     (data / task / f"{split}.json").write_text(json.dumps([
-        {"instruction": question, "input": "", "output": f"the correct answer is {answer}", "answer": answer} for question, answer in rows]))
+        {"instruction": question, "input": "", "output": f"the correct answer is {answer}",
+         "answer": answer} for question, answer in rows]))
+
+
+def even_or_odd(n):
+    """So many questions of boolq's kind, of ragged lengths: [(question, answer)]."""
+    return [(f"Is {i} an even number?" + " Really?" * (i % 5), "false" if i % 2 else "true")
+            for i in range(n)]
+
+
+def run_of(folder):
+    """A finished run's weights {name: tensor} and its log, a dictionary per step."""
+    lines = Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return read_tensors(Path(folder, "model.safetensors"))[0], [json.loads(line) for line in lines]
+
+
+class Interrupted(train.ALONE):
+    """The world of a plain run that ends, as by Ctrl-C, when the step of that number begins."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def share(self, batches):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return batches

@@ -1,0 +1,300 @@
+"""Information flux: how many memories each token of a text activates (paper, section 6).
+
+    python -m lab.flux --text "The town of Ulmo Zeller is Kestow."     start here: one text
+    python -m lab.flux                   answers of the base model and of the runs in out/
+    python -m lab.flux --task toy-cloze --html flux.html               a page to open in a browser
+"""
+import json
+import math
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import BadInput, Parser, command, not_negative, positive, progress, write_whole
+from data.tasks import TASKS, TOY, find, load as load_examples
+from eval import TOY_FOLDER, load, pick_device, read_run, set_threads, split_names, steering_from
+from infosteer import Steering
+from lab import page
+from lab.stats import clustered_mean, grouped_correlation, runs_from, terciles
+from lab.words import CLASSES, TITLES, token_classes
+
+SHOWN, KEPT = 3, 10                    # items in the terminal; items in --json and --html
+ABOUT = """The flux of a token is the entropy of its key distribution in nats, averaged over layers.
+It is 0 where one memory does all the work and log d_m where all memories are equally active. It is
+read where the token itself is fed to the model, and that is where the next token is predicted. The
+levels low, middle and high are thirds of all tokens that a model has read. So compare levels within
+a model, and means between models."""
+ABOUT_CLASSES = """In nats ± standard error (number of tokens). A token has the class of its word,
+the first of these that fits: punctuation (with symbols and white space), function words, copied
+from the prompt (a content word or number that stands there), digits, content words. Errors are
+clustered by item, because the tokens of one answer are not independent."""
+ABOUT_SURPRISAL = """Their correlation ± jackknife error over items (number of tokens). Surprisal is
+-log p of a token given what precedes it: of the token itself (own), or of the token after it
+(next). Within classes, both are centred on their class means. Greedy answers have small surprisals,
+since a model chooses what it finds likely. It did not choose the text of --text."""
+ABOUT_LEVELS = """Where low and middle flux end, in nats. If few of the answers are different texts,
+all errors rest on few texts."""
+
+
+def readable(tokenizer, ids):
+    """Ids -> [(text, number of ids)]. The bytes of one character are one piece."""
+    pieces, start = [], 0
+    while start < len(ids):
+        ends = range(start + 1, min(start + 8, len(ids)) + 1)  # 4 bytes, and tokens may overlap
+        whole = (end for end in ends if "\ufffd" not in tokenizer.decode(ids[start:end]))
+        end = next(whole, start + 1)
+        pieces.append((tokenizer.decode(ids[start:end]), end - start))
+        start = end
+    return pieces
+
+
+@torch.inference_mode()
+def token_flux(model, prompt, ids):
+    """Feed the ids of a prompt, which may have none, and `ids` after them -> (flux [T], surprisal
+    [T]) of `ids`, in nats. The surprisal of a token that nothing precedes is NaN."""
+    tokens = torch.tensor([[*prompt, *ids]], device=model.embed.weight.device)     # [1, P + T]
+    hidden, flux, _ = model.hidden(tokens, Steering())
+    first = max(len(prompt), 1)                                # the first that something precedes
+    surprisal = [torch.full((first - len(prompt),), torch.nan)]
+    # The logits of all tokens at once could take more memory than the model.
+    for h, target in zip(hidden[0, first - 1:-1].split(512), tokens[0, first:].split(512)):
+        surprisal.append(F.cross_entropy(model.logits(h), target, reduction="none").cpu())
+    return flux[:, 0, len(prompt):].mean(0).cpu(), torch.cat(surprisal)
+
+
+def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30):
+    """The flux of texts, or of the model's own answers, token by token.
+
+    items: [(prompt, text)]. The text is read after its prompt, which may be empty. Where the text
+    is None the model answers greedily. -> for each item a dict:
+
+        prompt                   as given
+        flux, surprisal, next    [T] each, in nats. `next` is the surprisal of the token after it;
+                                 the end of an answer counts as one. NaN where there is none
+        pieces                   [{"text", "tokens", "flux", "class"}], as `readable` cuts the text
+
+    Raises BadInput for a text of fewer than two tokens, and where a flux is not a number.
+    """
+    prompts = [tokenizer.encode(prompt, special=False) for prompt, _ in items]
+    texts = [text and tokenizer.encode(text, bos=False, special=False) for _, text in items]
+    if any(ids is not None and len(ids) < 2 for ids in texts):
+        raise BadInput("the text is one token to this model; flux is compared between tokens, so "
+                       "give two or more")
+    asked = [ids for ids, text in zip(prompts, texts) if text is None]
+    with progress(total=len(asked), leave=bool(asked), desc="answering", unit="item") as bar:
+        answers = iter(model.generate(asked, max_new_tokens, None, cache_bytes, done=bar.update))
+    measured = []
+    for (prompt, text), before, ids in zip(progress(items, desc="reading flux", unit="item"),
+                                           prompts, texts):
+        ids = next(answers) if text is None else ids
+        flux, surprisal = token_flux(model, before, ids)
+        if not flux.isfinite().all():
+            raise BadInput(f"the flux of {tokenizer.decode(ids)!r:.60} is not a number; a weight "
+                           "is none, or it overflows: --dtype float32")
+        T = len(ids) - (text is None and ids[-1] in model.config.eos_ids)  # its end is not shown
+        pieces = readable(tokenizer, ids[:T])
+        classes = token_classes([text for text, _ in pieces], prompt)
+        parts = flux[:T].split([n for _, n in pieces])
+        measured.append({
+            "prompt": prompt, "flux": flux[:T], "surprisal": surprisal[:T],
+            "next": torch.cat([surprisal[1:], torch.tensor([torch.nan])])[:T],
+            "pieces": [{"text": text, "tokens": n, "flux": part.mean().item(), "class": name}
+                       for (text, n), part, name in zip(pieces, parts, classes)]})
+    return measured
+
+
+def flux_numbers(measured):
+    """What `measure_flux` found -> {"mean", "standard_error", "n": tokens, "cuts": between low,
+    middle and high, "classes": {name: mean, standard_error, n}, "correlations": {"own", "next":
+    {"raw", "within": {"r", "standard_error", "n"}}}}. What is undefined is None."""
+    flux, own, following = (torch.cat([item[key] for item in measured]).double()
+                            for key in ("flux", "surprisal", "next"))              # [N] each
+    text = torch.tensor([i for i, item in enumerate(measured) for _ in item["flux"]]).long()
+    group = torch.tensor([CLASSES.index(piece["class"]) for item in measured
+                          for piece in item["pieces"] for _ in range(piece["tokens"])]).long()
+
+    def average(inside):
+        mean, error = clustered_mean(flux[inside], text[inside])
+        return {"mean": mean, "standard_error": error, "n": int(inside.sum())}
+
+    def correlate(surprisal, group):
+        there = ~surprisal.isnan()
+        r, error = grouped_correlation(flux[there], surprisal[there], group[there], text[there])
+        return {"r": r, "standard_error": error, "n": int(there.sum())}
+
+    return {**average(text >= 0), "cuts": terciles(flux)[1].tolist() if len(flux) else None,
+            "classes": {name: average(group == i) for i, name in enumerate(CLASSES)},
+            "correlations": {name: {"raw": correlate(surprisal, torch.zeros_like(group)),
+                                    "within": correlate(surprisal, group)}
+                             for name, surprisal in (("own", own), ("next", following))}}
+
+
+def arm_of(folder):
+    """(arm, seed) of a run of train.py; ("base", None) of a model that began with no other."""
+    settings = read_run(folder)
+    if "steering" not in settings or Path(folder, "pretraining.json").is_file():
+        return "base", None
+    steering = steering_from(settings["steering"], Path(folder, "args.json"))
+    return steering.name, settings.get("seed")
+
+
+def first_runs(folder, base):
+    """Of the finished runs in a folder that began with the model `base`, the first seed of each
+    arm, plain fine-tuning first -> [path of a run]."""
+    found = {}
+    for arm, _, run in runs_from(folder, base):
+        found.setdefault(arm, str(run))
+    return list(found.values())
+
+
+def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache_bytes=2 << 30):
+    """The flux of several models on the same `items` of `measure_flux`. -> {"settings", "models"}:
+    each model has what `flux_numbers` says and, of the first KEPT items, the tokens "shown"."""
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    (arms, seeds), models = zip(*map(arm_of, folders)), []
+    for folder, arm, seed in zip(folders, arms, seeds):
+        model, tokenizer = load(folder, getattr(torch, dtype), device)
+        measured = measure_flux(model, tokenizer, items, max_new_tokens, cache_bytes)
+        numbers, texts = flux_numbers(measured), set()
+        for item in measured:
+            texts.add("".join(piece["text"] for piece in item["pieces"]))
+            for piece in item["pieces"]:
+                piece["level"] = sum(piece["flux"] > cut for cut in numbers["cuts"])
+        models.append({"model": str(folder), "arm": arm, "seed": seed,
+                       "title": arm if arms.count(arm) == 1 else f"{arm} ({folder})",
+                       "largest": math.log(model.config.d_m), "distinct": len(texts), **numbers,
+                       "shown": [{"prompt": item["prompt"], "tokens": item["pieces"]}
+                                 for item in measured[:KEPT]]})
+    return {"settings": {"text": None, "task": None, "data": None, "items": len(items),
+                         "max_new_tokens": max_new_tokens, "dtype": dtype}, "models": models}
+
+
+def plus_minus(cell, form):
+    """A mean or a correlation as text: "5.12 ± 0.01", and below it "(234)"."""
+    value, error = cell.get("mean", cell.get("r")), cell["standard_error"]
+    text = "n/a" if value is None else f"{value:{form}}"
+    return text + ("" if error is None else f" ± {error:.3f}") + f"\n({cell['n']})"
+
+
+def flux_tables(result):
+    """The result's numbers, one model a row: [(heading, note, header, rows)]."""
+    means, links, levels = [], [], []
+    for model in result["models"]:
+        classes = [model, *model["classes"].values()]
+        links += [[model["title"], *(plus_minus(cell, "+.3f")
+                                     for kinds in model["correlations"].values()
+                                     for cell in kinds.values())]]
+        means += [[model["title"], *(plus_minus(cell, ".3f") for cell in classes)]]
+        levels += [[model["title"], model["model"], *(model["cuts"] or (None, None)),
+                    model["largest"], f"{model['distinct']} of {result['settings']['items']}"]]
+    return [("Mean flux of kinds of words", ABOUT_CLASSES,
+             ["model", "all tokens", *TITLES.values()], means),
+            ("Flux and surprisal", ABOUT_SURPRISAL,
+             ["model", "own", "own, within classes", "next", "next, within classes"], links),
+            ("Levels", ABOUT_LEVELS, ["model", "folder", "low up to", "middle up to",
+                                      "log d_m", "different texts"], levels)]
+
+
+def flux_subject(settings):
+    """What was read, in a sentence."""
+    return "A text that was given." if settings["text"] is not None else (
+        f"Each model's own greedy answers to {settings['items']} items of "
+        f"{', '.join(settings['task'])}.")
+
+
+def shown_item(model, i):
+    """(texts, levels) of the tokens of one item, as the heat maps take them."""
+    tokens = model["shown"][i]["tokens"] or [{"text": "(nothing)", "level": 0}]
+    return [token["text"] for token in tokens], [token["level"] for token in tokens]
+
+
+def flux_text(result, colour=False):
+    """The result for a terminal: heat maps of the first items, a line per model, and the tables."""
+    models = result["models"]
+    width = max(len(title) for title in ("prompt", *(model["title"] for model in models))) + 2
+    marks = "light is low, dark is high" if colour else "low is plain, [middle], [[high]]"
+    lines = [textwrap.fill(ABOUT, 100), "", f"{flux_subject(result['settings'])} Flux: {marks}."]
+    for i, item in enumerate(models[0]["shown"][:SHOWN]):
+        prompt = page.visible(item["prompt"].rstrip().replace("\n", "↵"))
+        lines += ["", f"{'prompt':<{width}}{prompt}"] if prompt else [""]
+        for model in models:
+            heat = page.heat_terminal(*shown_item(model, i), colour).lstrip(" ")
+            lines.append(f"{page.visible(model['title']):<{width}}{heat}")
+    for heading, note, header, rows in flux_tables(result):
+        lines += ["", textwrap.fill(f"{heading}. {note}", 100), "", page.columns(header, rows)]
+    return "\n".join(lines)
+
+
+def flux_sections(result):
+    """The result as sections of a page, [(heading, HTML)]: the heat maps, then the tables."""
+    body = page.paragraph(" ".join(ABOUT.split()))
+    for i, item in enumerate(result["models"][0]["shown"]):
+        body += page.paragraph(f"Item {i + 1}. {item['prompt']}") if item["prompt"] else ""
+        for model in result["models"]:
+            body += page.heat(*shown_item(model, i), model["title"])
+    return [("Flux, token by token", body),
+            *((heading, page.table(header, rows, " ".join(note.split())))
+              for heading, note, header, rows in flux_tables(result))]
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m lab.flux", description=__doc__, epilog=ABOUT)
+    models, read = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
+    add = parser.add_argument
+    models("--model", metavar="DIR", nargs="+", help="runs or published checkpoints (default: "
+           "data/toy/llama, and of --runs the first seed of each arm)")
+    models("--runs", metavar="DIR", help="a folder of train.py's runs (default: out)")
+    read("--text", help="a text to read, in place of the models' own answers")
+    read("--task", metavar="A,B", help=f"tasks to answer, of: {', '.join(TASKS)}; or of the toy "
+         f"world's: {', '.join(TOY)} (default: toy-sums)")
+    add("--data", metavar="DIR", help="the folder with TASK/test.json (default: data/toy)")
+    add("--items", type=positive, default=100, metavar="N", help="of each task (default: 100)")
+    add("--max-new-tokens", type=positive, metavar="N", help="(default: 32, or the tasks' own)")
+    add("--html", metavar="FILE", help=f"write a page with heat maps of {KEPT} items in colour")
+    add("--json", action="store_true", help="print JSON")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the weights (default: bfloat16 on cuda, else float32)")
+    add("--cache-gb", type=not_negative, default=2.0, metavar="X",
+        help="memory for keys and values in decoding (default: 2)")
+    add("--threads", type=positive, metavar="N",
+        help="threads on a CPU (default: 1 for --text and the toy world, else PyTorch's)")
+    args = parser.parse_args(argv)
+
+    if args.text is not None and not args.text.strip():
+        raise BadInput("--text is empty; give a text of two tokens or more")
+    if args.html and (Path(args.html).is_dir() or not Path(args.html).parent.is_dir()):
+        raise BadInput(f"--html {args.html}: name a file in a folder that exists")
+    if args.runs and not Path(args.runs).is_dir():
+        raise BadInput(f"--runs {args.runs}: no such folder; python train.py makes runs")
+    base = os.path.relpath(TOY_FOLDER / "llama")
+    folders = args.model or [base, *first_runs(args.runs or "out", base)]
+    names = [] if args.text is not None else split_names(args.task or "toy-sums")
+    data = args.data or os.path.relpath(TOY_FOLDER)
+    items = [("", args.text)] if args.text is not None else [
+        (example.prompt, None) for name in names
+        for example in load_examples(data, name, "test")[:args.items]]
+    longest = args.max_new_tokens or max([32, *(find(name).max_new_tokens for name in names)])
+    set_threads(args.threads, names)
+    result = flux_of(folders, items, longest, pick_device(args.device), args.dtype,
+                     int(args.cache_gb * 2**30))
+    result["settings"] |= {"text": args.text, "task": names, "data": data if names else None}
+    if args.html:
+        write_whole(args.html, page.document("Information flux", flux_subject(result["settings"]),
+                                             flux_sections(result)))
+    if args.json:
+        return print(json.dumps(result, indent=2))
+    print(flux_text(result, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    if folders == [base] and not args.model:
+        print(f"\nNo run in {args.runs or 'out'} began with this model. train.py makes some.")
+    if args.html:
+        print(f"\nThe same as a page, with heat maps of up to {KEPT} items: {args.html}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,257 @@
+"""One page about a folder of runs: DIR/report.html, which opens in a browser without a network.
+
+    python -m lab.report out
+
+It shows what was run, what the paper claims and what is seen here, accuracies, training curves, key
+regions, information flux, and the memories of the base model.
+"""
+import json
+import math
+from pathlib import Path
+
+from data import BadInput, Parser, command, positive, write_whole
+from data.tasks import find, load as load_examples
+from eval import load, pick_device, set_threads, split_names, steering_from, which_model
+from lab import page
+from lab.flux import arm_of, first_runs, flux_of, flux_sections
+from lab.memories import INDEX, LISTED, describe, memory_index, row_of
+from lab.regions import REGIONS, regions_of
+from lab.stats import (FOOTNOTE, NOT_SHOWN, accuracy_lines, compare, find_runs, interval,
+                       plain_first, points, suites_of)
+
+ITEMS = 60                             # test items whose tokens are looked at
+MOST_CURVES, MOST_MODELS = 20, 6       # curves in a chart, fine-tuned models whose flux is shown
+SHOWN = 3                              # items whose tokens are shown
+INTRO = """InfoSteer steers how much of its feed-forward memory a language model uses while it is
+fine-tuned. This page shows the runs in {}: what was done, what came out, and how sure that is."""
+
+# ----------------------------------------------------------------------------------- claims
+
+BEATS = {"int": "Raising the smallest coefficients beats plain fine-tuning (Tables 1, 2, 4)",
+         "reg": "Rewarding the key entropy beats plain fine-tuning (Tables 1, 2, 4)"}
+MOVES = (                              # Fig. 4: method, region of |k|, sign of the change, claim
+    ("none", "low", 1, "Plain fine-tuning moves coefficients into the low region (Fig. 4)"),
+    ("int", "low", -1, "int moves coefficients out of the low region (Fig. 4)"),
+    ("int", "high", 1, "int moves coefficients into the high region (Fig. 4)"),
+    ("reg", "low", -1, "reg takes coefficients from the low region (Fig. 4)"),
+    ("reg", "high", -1, "reg takes coefficients from the high region (Fig. 4)"),
+    ("reg", "middle", 1, "reg moves coefficients into the middle region (Fig. 4)"))
+LESS_FLUX = {"punctuation": "punctuation", "function": "function words",
+             "copied": "words copied from the prompt"}
+AS_CLAIMED, OPPOSITE = "as in the paper", "the opposite"
+VERDICTS = (AS_CLAIMED, OPPOSITE, NOT_SHOWN)
+
+
+def verdict(low, high, sign=1):
+    """What an interval of a difference says of the claim that the difference has this sign."""
+    if low is None or low <= 0 <= high:
+        return NOT_SHOWN
+    return AS_CLAIMED if (low > 0) == (sign > 0) else OPPOSITE
+
+
+def claims(rows, regions, flux):
+    """What the paper claims, and every comparison of ours with it: [[claim, where, difference,
+    verdict]]. rows: of `compare`; regions, flux: of regions_of and flux_of, or None."""
+    found = []
+
+    def add(claim, where, mean, low, high, sign=1):
+        found.append([claim, where, points(mean, low, high), verdict(low, high, sign)])
+
+    for method, claim in BEATS.items():
+        for row in rows:
+            if row["arm"].partition("-")[0] == method and row["difference"] is not None:
+                add(claim, f"{row['arm']}, {row['suite']}", row["difference"],
+                    *(row["interval"] or (None, None)))
+    arms = {arm: of["by_seed"] for arm, of in regions["arms"].items()} if regions else {}
+    for method, region, sign, claim in MOVES:
+        for arm in arms:
+            if arm.partition("-")[0] != method:
+                continue
+            for against in ("base", "none")[:1 if method == "none" else 2]:
+                pairs = [(mine, arms.get(against, {}).get(None if against == "base" else seed))
+                         for seed, mine in arms[arm].items()]  # shares [|k| or k, region]
+                i = REGIONS.index(region)
+                if shifts := [one[0][i] - other[0][i] for one, other in pairs if other]:
+                    add(claim, f"{arm} against {against}", *interval(shifts), sign)
+    for model in flux["models"] if flux else ():
+        content = model["classes"]["content"]
+        for name, title in LESS_FLUX.items():
+            other = model["classes"][name]
+            if content["standard_error"] and other["standard_error"]:
+                gap = content["mean"] - other["mean"]
+                error = math.hypot(content["standard_error"], other["standard_error"])
+                found.append([f"Content words have more flux than {title} (section 6)",
+                              f"answers of {model['title']}", f"{gap:+.3f} ± {error:.3f} nats",
+                              verdict(gap - 2 * error, gap + 2 * error)])
+    return found
+
+
+def claims_section(found):
+    """What `claims` found: a line for each claim, and every comparison behind a click."""
+    lines = []
+    for claim in dict.fromkeys(row[0] for row in found):
+        verdicts = [row[3] for row in found if row[0] == claim]
+        lines.append([claim, len(verdicts), *map(verdicts.count, VERDICTS)])
+    every = page.table(["the paper", "here", "difference", "verdict"], found, note=(
+        "Of accuracies and of shares of the coefficients, the difference is in percentage points, "
+        "with its 95% interval over seeds. Of flux, it stands with its standard error, for which "
+        "both means are taken as independent; it is not shown within two of them. One comparison "
+        "in twenty would exclude zero by chance alone."))
+    return page.table(["the paper", "comparisons here", *VERDICTS], lines) + (
+        f"<details><summary>Every comparison</summary>{every}</details>")
+
+
+# --------------------------------------------------------------------------------- sections
+
+
+def runs_section(trained):
+    """What was run. Runs that differ in nothing but the seed share a line."""
+    lines = {}
+    for run in trained:
+        of = run["settings"]
+        versions = of.get("versions") or {}
+        line = (run["arm"], str(steering_from(of["steering"], run["folder"])),
+                *(of.get(key) for key in ("steps_total", "batch", "lr", "warmup", "examples")),
+                f"{of.get('precision')}, {of.get('device')}",
+                f"{versions.get('torch')}, {versions.get('python')}")
+        lines.setdefault(line, []).append(run["seed"])
+    header = ["arm", "seeds", "steering", "steps", "batch", "lr", "warm-up", "examples",
+              "precision, device", "torch, Python"]
+    rows = [[line[0], " ".join(map(str, sorted(seeds))), *line[1:]]
+            for line, seeds in lines.items()]
+    commands = dict.fromkeys(str(run["settings"].get("command")) for run in trained)
+    return page.table(header, rows) + page.preformatted("\n".join(commands))
+
+
+def accuracy_chart(rows, note=""):
+    found = {(row["arm"], row["suite"]): as_bar(row["mean"], row["standard_error"]) for row in rows}
+    arms, suites = (dict.fromkeys(names) for names in zip(*found))
+    series = {arm: [found.get((arm, suite)) for suite in suites] for arm in arms}
+    return page.bars(list(suites), series, note=note)
+
+
+def as_bar(mean, error):
+    """A share and its standard error or None, as page.bars takes them."""
+    return round(100 * mean, 1), error and 100 * error
+
+
+def read_log(run):
+    """The lines of a run's log. Raises BadInput."""
+    path = run["folder"] / "log.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise BadInput(f"{path}: not a log of train.py ({error})") from None
+
+
+def training_section(trained):
+    drawn, note = trained, ""
+    if len(trained) > MOST_CURVES:
+        drawn = list({run["arm"]: run for run in reversed(trained)}.values())[::-1][:MOST_CURVES]
+        note = f"the first seed of each arm; {len(trained)} runs in all"
+    logs = {f"{run['arm']} seed {run['seed']}": read_log(run) for run in drawn}
+    return "".join(page.curves({name: [(line["step"], line[key]) for line in log]
+                                for name, log in logs.items()}, "step", label, note=note)
+                   for key, label in (("lm_loss", "loss of the language model, nats per token"),
+                                      ("flux", "information flux (key entropy), nats")))
+
+
+def regions_section(regions):
+    body = ""
+    for reading, name in enumerate(("of |k|: low is idle", "of k: low is strongly negative")):
+        series = {arm: [as_bar(found["mean"][reading][i], found["standard_error"]
+                               and found["standard_error"][reading][i]) for i in range(3)]
+                  for arm, found in regions["arms"].items()}
+        body += page.bars(list(REGIONS), series, note=(
+            f"share of the key coefficients in the base model's quartile regions, {name}"))
+    return body
+
+
+def specific_memories(model, device, path):
+    """The most specific memories of each layer of the base model."""
+    base, tokenizer = load(model, device=device)
+    index = memory_index(base, which_model(model), path)
+    V, rows = base.config.vocab_size, []
+    for layer, entropies in enumerate(index["entropy"]):                       # [d_m]
+        for memory in entropies.argsort()[:LISTED].tolist():
+            rows.append(row_of(describe(tokenizer, V, index, layer, memory)))
+    return page.table(["memory", "specificity", "says, decoded alone"], rows, note=(
+        "layer:memory, of the base model. The specificity is 1 - H(P) / log V: 0 says anything, 1 "
+        "says one token only. python -m lab.memories shows more."))
+
+
+def memory_sections(model, folder, names, data, device):
+    """What memories do in a base model and in its runs -> regions, flux, [(heading, HTML)]."""
+    regions = regions_of(model, folder, names, data, ITEMS, device)
+    known = ("none", "int", "int-value", "reg")                # these arms come first
+    first = sorted(first_runs(folder, model), key=lambda run: arm_of(run)[0] not in known)
+    items = [(example.prompt, None) for name in names for example in
+             load_examples(data, name, "test")[:max(1, ITEMS // len(names))]]
+    flux = flux_of([model, *first[:MOST_MODELS]], items,
+                   max(find(name).max_new_tokens for name in names), device)
+    flux["settings"] |= {"task": names, "data": data}
+    for seen in flux["models"]:
+        seen["shown"] = seen["shown"][:SHOWN]
+    index = Path(folder, f"{Path(model).resolve().name}-base", INDEX)
+    return regions, flux, [
+        ("Key regions (the paper's Fig. 4)", regions_section(regions)), *flux_sections(flux),
+        ("The most specific memories", specific_memories(model, device, index))]
+
+
+def sections_of(model, folder, runs, device):
+    """The sections about one base model: [(heading, HTML)]. runs: those of `find_runs` that began
+    with it, and itself."""
+    trained = [run for run in runs if run["arm"] != "base"]
+    trained.sort(key=lambda run: (plain_first(run["arm"]), run["arm"], run["seed"]))
+    rows, tasks = compare(runs), {task for run in runs for task in run["scores"]}
+    singles = {task: [task] for tasks in suites_of(tasks).values() for task in tasks}
+    sections = [
+        ("Accuracy", page.table(*accuracy_lines(rows), " ".join(FOOTNOTE.split()))),
+        ("Suite by suite", accuracy_chart(rows, "mean over the tasks of a suite")),
+        ("Task by task (the paper's Fig. 3)", accuracy_chart(compare(runs, singles)))]
+    regions = flux = None
+    if trained:
+        sections = [("What was run", runs_section(trained)), *sections,
+                    ("Training", training_section(trained))]
+    if trained and Path(model).is_dir() and which_model(model) == runs[0]["model_sha256"]:
+        of = trained[0]["settings"]
+        names = [name for name in split_names(of["task"]) if "test" in find(name).splits]
+        regions, flux, more = memory_sections(model, folder, names or list(singles), of["data"],
+                                              device)
+        sections += more
+    else:
+        sections.append(("Memories", page.paragraph(
+            f"The model that these runs began with is not at {model}, so what memories do cannot "
+            "be shown.")))
+    found = claims_section(claims(rows, regions, flux))
+    return [*sections[:1], ("What the paper claims, and what is seen here", found), *sections[1:]]
+
+
+def report(folder, runs, device="cpu"):
+    """The page, as text, about the runs that `find_runs` found in a folder. Raises BadInput."""
+    sections, models = [], list(dict.fromkeys(run["model"] for run in runs))
+    for title in models:
+        ours = [run for run in runs if run["model"] == title]
+        for heading, body in sections_of(ours[0]["settings"]["model"], folder, ours, device):
+            sections.append((f"{title}: {heading}" if len(models) > 1 else heading, body))
+    intro = " ".join(INTRO.split()).format(folder)
+    return page.document("InfoSteer: what came out", intro, sections)
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m lab.report", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", help="a folder of scored runs of train.py")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--threads", type=positive, metavar="N",
+                        help="threads on a CPU (default: 1 for the toy world's tasks, else "
+                        "PyTorch's)")
+    args = parser.parse_args(argv)
+    runs, out = find_runs(args.folder), Path(args.folder, "report.html")
+    set_threads(args.threads, {task for run in runs for task in run["scores"]})
+    write_whole(out, report(args.folder, runs, pick_device(args.device)))
+    print(f"{out}: open it in a browser")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,253 @@
+"""Means, standard errors and intervals, and the comparison of the runs in a folder."""
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from data import BadInput, read_json
+from data.tasks import TASKS, TOY
+from eval import steering_from, suite_of, which_model, with_error
+from lab import page
+
+# ----------------------------------------------------------------------- means and intervals
+
+# Quantiles of Student's t for 95% intervals, by degrees of freedom from 1. The last one serves for
+# all larger numbers, for which it is a little too wide.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+        2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+NOT_SHOWN = "not shown"                # the verdict on a difference whose interval covers zero
+
+
+def mean_and_error(values):
+    """Mean of a few numbers, and its standard error (None for a single one)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def interval(values):
+    """Mean and 95% interval (Student's t) of a few numbers -> (mean, low, high); the ends are None
+    for a single one."""
+    mean, error = mean_and_error(values)
+    if error is None:
+        return mean, None, None
+    width = T975[min(len(values) - 1, len(T975)) - 1] * error
+    return mean, mean - width, mean + width
+
+
+def terciles(x):
+    """Cut numbers [N] into three equal parts -> (the part of each [N] long: 0, 1, 2; two cuts)."""
+    cuts = x.quantile(torch.tensor([1 / 3, 2 / 3], dtype=x.dtype, device=x.device))
+    return torch.bucketize(x, cuts), cuts
+
+
+def clustered_mean(x, text):
+    """Mean over tokens, and its standard error clustered by text: x [N], text [N] long -> (mean,
+    error). The error is None for one text, both are None for no token.
+
+        error^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2      g: the G texts
+    """
+    if not len(x):
+        return None, None
+    x, (_, text) = x.double(), text.unique(return_inverse=True)
+    sums = text.bincount(weights=x - x.mean())                         # [G]
+    G, error = len(sums), sums.square().sum().sqrt().item() / len(x)
+    return x.mean().item(), math.sqrt(G / (G - 1)) * error if G > 1 else None
+
+
+def grouped_correlation(x, y, group, text):
+    """Pearson's correlation within groups, and its jackknife error over texts: x, y [N], group,
+    text [N] long -> (r, error).
+
+        r        of x and y after each is centred on its mean in the token's group
+        error^2  = (G - 1) / G * sum_g (r without text g - their mean)^2       g: the G texts
+
+    What is undefined is None: r where x or y does not vary within groups, or for fewer than three
+    tokens; the error for one text, or where r without one of the texts is undefined.
+    """
+    def r(x, y, group):
+        n = group.bincount()
+        parts = []
+        for values in (x.double(), y.double()):
+            centred = values - (group.bincount(weights=values) / n)[group]
+            if len(x) < 3 or centred.abs().max() <= 1e-9 * values.abs().max():
+                return math.nan
+            parts.append(centred / centred.norm())
+        return (parts[0] @ parts[1]).item()
+
+    if len(x) < 3:
+        return None, None
+    texts = text.unique()
+    without = torch.tensor([r(*(v[text != one] for v in (x, y, group))) for one in texts]).double()
+    error = ((len(texts) - 1) * without.var(correction=0)).sqrt().item()
+    return tuple(None if math.isnan(value) or len(texts) < least else value
+                 for value, least in ((r(x, y, group), 1), (error, 2)))
+
+
+# -------------------------------------------------------------------------- a folder of runs
+
+
+def scan(folder):
+    """What train.py left in a folder: [{"model", "model_sha256", "arm", "seed", "folder",
+    "settings", "scores"}], one for each finished run and each base model. The arm is Steering.name
+    or "base", settings are its args.json, scores {task: accuracy} are from its eval/TASK.json. A
+    damaged run costs a line on standard error, not the other runs."""
+    found = []
+    for path in sorted(Path(folder).glob("*/args.json")):
+        try:
+            if path.parent.suffix not in (".partial", ".old"):
+                found += describe(path, read_json(path))
+        except BadInput as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return found
+
+
+def describe(path, settings):
+    """The entry of `scan` for one args.json, or none for that of something else."""
+    base = settings.get("base") is True
+    if not base and "steering" not in settings:
+        return []
+    for name in ("model", "model_sha256", "seed")[:2 if base else 3]:
+        if type(settings.get(name)) is not (int if name == "seed" else str):
+            raise BadInput(f"{path}: {name} is {settings.get(name)!r}, which train.py never writes")
+    arm = "base" if base else steering_from(settings["steering"], path).name
+    scores = {}
+    for file in path.parent.glob("eval/*.json"):
+        if file.stem in TASKS or file.stem in TOY:             # not "boolq-first10"
+            scores[file.stem] = accuracy = read_json(file).get("accuracy")
+            if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
+                raise BadInput(f"{file}: accuracy is {accuracy!r}; score it again (--overwrite)")
+    return [{"arm": arm, "folder": path.parent, "settings": settings, "scores": scores,
+             **{name: settings.get(name) for name in ("model", "model_sha256", "seed")}}]
+
+
+def plain_first(arm):
+    """A sort key for arms: the base model, plain fine-tuning, the others."""
+    return {"base": 0, "none": 1}.get(arm, 2)
+
+
+def runs_from(folder, model):
+    """The finished runs in a folder that began with a model of this content, whatever its path ->
+    [(arm, seed, run's folder)], plain fine-tuning first."""
+    found = [run for run in scan(folder) if run["arm"] != "base"]
+    model = which_model(model) if found else None
+    found.sort(key=lambda run: (plain_first(run["arm"]), run["arm"], run["seed"]))
+    return [(run["arm"], run["seed"], run["folder"]) for run in found
+            if run["model_sha256"] == model]
+
+
+def find_runs(folder):
+    """The scored entries of `scan`. One content has one "model" in them, two contents have two. Of
+    two runs of one arm and seed (of two recipes, say) the one whose folder has a name of its own is
+    an arm of its own. Raises BadInput where there is nothing."""
+    if not Path(folder).is_dir():
+        raise BadInput(f"{folder}: no such folder")
+    runs = [run for run in scan(folder) if run["scores"]]
+    if not runs:
+        raise BadInput(f"{folder}: no scored run in it; python train.py --steer reg makes one")
+    runs.sort(key=lambda run: not run["folder"].name.endswith(
+        f"-{run['arm']}-seed{run['seed']}"))                   # as train.run_folder names them
+    titles, seen = {}, set()
+    for run in runs:
+        sha, title = run["model_sha256"], run["model"]
+        if title in titles.values():
+            title += f" ({sha[:8]})"
+        run["model"] = titles.setdefault(sha, title)
+        if (sha, run["arm"], run["seed"]) in seen:
+            run["arm"] += f" ({run['folder'].name})"
+        seen.add((sha, run["arm"], run["seed"]))
+    return runs
+
+
+def suites_of(tasks):
+    """Task names -> {suite: its tasks}, the toy world's suites first."""
+    suites = {}
+    for task in sorted(set(tasks), key=[*TOY, *TASKS].index):
+        suites.setdefault(suite_of(task), []).append(task)
+    return suites
+
+
+def compare(runs, suites=None):
+    """Mean over seeds with standard error, and the difference to plain fine-tuning (the arm none),
+    paired by seed, with its 95% interval.
+
+    runs: [{"model", "arm", "seed", "scores": {task: accuracy}}]. suites: {name: its tasks}; None:
+    those of the tasks. The accuracy of a suite is the mean over its tasks. A run that was not
+    scored on all of them is left out of that suite.
+    -> [{"model", "arm", "suite", "seeds", "mean", "standard_error", "difference", "interval"}],
+    accuracies as shares of one, None where there is nothing to say."""
+    rows = []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        ours = [run for run in runs if run["model"] == model]
+        chosen = suites or suites_of(task for run in ours for task in run["scores"])
+        for arm in sorted(dict.fromkeys(run["arm"] for run in ours), key=plain_first):
+            for suite, tasks in chosen.items():
+                at, plain = by_seed(ours, arm, tasks), by_seed(ours, "none", tasks)
+                if not at:
+                    continue
+                mean, error = mean_and_error(list(at.values()))
+                row = {"model": model, "arm": arm, "suite": suite, "seeds": len(at), "mean": mean,
+                       "standard_error": error, "difference": None, "interval": None}
+                pairs = [at[seed] - plain[seed] for seed in at if seed in plain]
+                if arm != "none" and pairs:
+                    row["difference"], low, high = interval(pairs)
+                    row["interval"] = None if low is None else [low, high]
+                rows.append(row)
+    return rows
+
+
+def by_seed(runs, arm, tasks):
+    """{seed: mean accuracy over the tasks} of an arm's runs that have them all."""
+    return {run["seed"]: sum(run["scores"][task] for task in tasks) / len(tasks)
+            for run in runs if run["arm"] == arm and set(tasks) <= run["scores"].keys()}
+
+
+# ------------------------------------------------------------------- the one number format
+
+FOOTNOTE = """Accuracy: mean ± standard error over seeds. The difference to none, plain fine-tuning,
+is paired by seed; "not shown" means that its 95% interval covers zero. A seed draws the order of
+the training data only: no interval says anything of other checkpoints, data or test items."""
+
+
+def points(mean, low, high):
+    """A difference of shares in percentage points: "+2.0 [-0.5, +4.5]", or "+2.0 (one seed)"."""
+    ends = "(one seed)" if low is None else f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * mean:+.1f} {ends}"
+
+
+def percent(row):
+    """The accuracy of a row of `compare`: "12.3 ± 0.4"."""
+    return with_error(row["mean"], row["standard_error"])
+
+
+def difference(row):
+    """The difference of a row of `compare` to plain fine-tuning; "" where there is none."""
+    if row["difference"] is None:
+        return ""
+    low, high = row["interval"] or (None, None)
+    verdict = f"{NOT_SHOWN}: " if low is not None and low <= 0 <= high else ""
+    return verdict + points(row["difference"], low, high)
+
+
+def accuracy_lines(rows, paper={}):
+    """The rows of `compare` about one model -> header and lines of a table, suite by suite. paper:
+    {(arm, suite): the paper's figure in %}, a column of its own."""
+    header, lines = ["arm", "seeds", "accuracy, %", "difference to none"], []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        lines.append([suite])
+        for row in (row for row in rows if row["suite"] == suite):
+            lines.append([f"  {row['arm']}", row["seeds"], percent(row), difference(row)])
+            if (row["arm"], suite) in paper:
+                lines[-1].append(f"{paper[row['arm'], suite]:.1f}")
+    return header + ["the paper"] * bool(paper), lines
+
+
+def comparison_table(rows, paper={}):
+    """The rows of `compare`, and figures of the paper, as a text for people."""
+    tables = [f"{model}\n\n" + page.columns(*accuracy_lines(
+                  [row for row in rows if row["model"] == model], paper))
+              for model in dict.fromkeys(row["model"] for row in rows)]
+    return "\n\n".join([*tables, FOOTNOTE])

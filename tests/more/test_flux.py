@@ -1,0 +1,360 @@
+"""After this file you know how many memories each token of a text activates: how its flux is read,
+on which kinds of words it is high, with what error, and how it goes with surprisal."""
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from conftest import ROOT
+from data import command
+from data.tasks import load as load_examples
+from eval import keys_of, load, which_model
+from infosteer import key_entropy
+from lab.flux import (arm_of, first_runs, flux_numbers, flux_of, flux_sections, main, measure_flux,
+                      readable, token_flux)
+from lab.words import CLASSES
+
+LLAMA = ROOT / "data" / "toy" / "llama"
+TEXT = "Ulmo Zeller lives in Kestow."
+HOSTILE = "Ulmo Zeller <script>alert(1)</script> \x1b[31m & \"<|end_of_text|>\" 你好 🙂"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return load(LLAMA)
+
+
+# --------------------------------------------------------------- reading flux and surprisal
+
+
+def test_flux_is_the_entropy_of_the_key_coefficients_averaged_over_layers(llama):
+    model, tokenizer = llama
+    prompt = "Where does Ulmo Zeller live?\n"
+    item, = measure_flux(model, tokenizer, [(prompt, TEXT)])
+    ids, n = tokenizer.encode(prompt), len(tokenizer.encode(TEXT, bos=False))
+    [keys] = keys_of(model, [ids + tokenizer.encode(TEXT, bos=False)])         # of each layer
+    expected = torch.stack([key_entropy(k[-n:]) for k in keys]).mean(0)
+    assert len(keys) == model.config.n_layers and len(item["flux"]) == n
+    torch.testing.assert_close(item["flux"], expected)
+
+
+def test_surprisal_is_of_the_token_itself_and_next_is_of_the_one_after_it(llama):
+    model, tokenizer = llama
+    item, = measure_flux(model, tokenizer, [("", TEXT)])
+    ids = tokenizer.encode(TEXT)
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+    expected = torch.stack([-log_p[i - 1, ids[i]] for i in range(1, len(ids))])
+    torch.testing.assert_close(item["surprisal"], expected)
+    torch.testing.assert_close(item["next"][:-1], expected[1:])
+    assert item["next"][-1].isnan(), "nothing follows a text"
+
+
+def test_a_first_token_that_nothing_precedes_has_flux_but_no_surprisal(llama):
+    model, tokenizer = llama
+    flux, surprisal = token_flux(model, [], tokenizer.encode(TEXT, bos=False))
+    assert surprisal.isnan().tolist() == [True] + [False] * (len(flux) - 1)
+    assert flux.isfinite().all()
+
+
+def test_an_answer_is_the_greedy_one_and_its_end_is_read_but_not_shown(llama):
+    model, tokenizer = llama
+    prompt = load_examples(ROOT / "data" / "toy", "toy-sums", "test")[0].prompt
+    item, = measure_flux(model, tokenizer, [(prompt, None)], 32)
+    answer, = model.generate([tokenizer.encode(prompt)], 32)
+    text = tokenizer.decode(answer[:-1])
+    assert answer[-1] == tokenizer.eos_id
+    assert "".join(piece["text"] for piece in item["pieces"]) == text
+    assert len(item["flux"]) == len(answer) - 1
+    assert item["next"].isfinite().all(), "the end of an answer is what follows its last token"
+    read, = measure_flux(model, tokenizer, [(prompt, text)])
+    torch.testing.assert_close(read["flux"], item["flux"])
+
+
+def test_an_answer_that_was_cut_is_shown_whole_and_nothing_follows_it(llama):
+    model, tokenizer = llama
+    prompt = load_examples(ROOT / "data" / "toy", "toy-sums", "test")[0].prompt
+    item, = measure_flux(model, tokenizer, [(prompt, None)], 3)
+    assert len(item["flux"]) == 3 and sum(piece["tokens"] for piece in item["pieces"]) == 3
+    assert item["next"].isnan().tolist() == [False, False, True]
+
+
+def test_what_stands_in_the_prompt_is_copied(llama):
+    item, = measure_flux(*llama, [("Where does Ulmo Zeller live?\n", TEXT)])
+    classes = {piece["text"].strip(): piece["class"] for piece in item["pieces"]}
+    assert classes["Zeller"] == "copied" and classes["Kestow"] == "content"
+
+
+def test_texts_and_answers_mix_in_any_order(llama):
+    model, tokenizer = llama
+    asked = [(example.prompt, None)
+             for example in load_examples(ROOT / "data" / "toy", "toy-sums", "test")[:2]]
+    together = measure_flux(model, tokenizer, [asked[0], ("", TEXT), asked[1]])
+    alone = measure_flux(model, tokenizer, [("", TEXT), *asked])
+    assert [item["pieces"] for item in together] == [alone[i]["pieces"] for i in (1, 0, 2)]
+
+
+def test_a_character_of_several_tokens_is_one_piece(llama):
+    _, tokenizer = llama
+    ids = tokenizer.encode(HOSTILE, bos=False, special=False)
+    pieces = readable(tokenizer, ids)
+    assert "".join(text for text, _ in pieces) == HOSTILE
+    assert sum(n for _, n in pieces) == len(ids)
+    assert dict(pieces)["🙂"] == 4
+
+
+def test_bytes_of_no_character_are_pieces_of_their_own(llama):
+    _, tokenizer = llama
+    broken = tokenizer.encode("🙂", bos=False)[:2] + tokenizer.encode("a", bos=False)
+    assert [text for text, _ in readable(tokenizer, broken)] == ["\ufffd", "\ufffd", "a"]
+
+
+def test_a_piece_has_the_mean_flux_of_its_tokens(llama):
+    item, = measure_flux(*llama, [("", "Ulmo 🙂 lives")])
+    start = 0
+    for piece in item["pieces"]:
+        flux = item["flux"][start:start + piece["tokens"]]
+        assert piece["flux"] == pytest.approx(flux.mean().item())
+        start += piece["tokens"]
+    assert start == len(item["flux"])
+
+
+# ----------------------------------------------------------------------------- the numbers
+
+
+def correlation(x, y):
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+
+
+def test_the_numbers_of_measured_texts():
+    g = torch.Generator().manual_seed(0)
+    text = torch.arange(7).repeat_interleave(torch.randint(2, 9, (7,), generator=g))
+    N, group = len(text), torch.randint(4, text.shape, generator=g)
+    flux = (5 + 0.1 * group).double()
+    own = torch.randn(N, generator=g, dtype=torch.double) + group
+    unknown = torch.arange(N) % 3 == 0
+    following = torch.where(unknown, torch.nan, own.flip(0))
+    measured = []
+    for t in range(7):
+        here = text == t
+        pieces = [{"class": CLASSES[i], "tokens": 1} for i in group[here]]
+        measured.append({"flux": flux[here], "surprisal": own[here], "next": following[here],
+                         "pieces": pieces})
+    numbers = flux_numbers(measured)
+    assert numbers["n"] == N and numbers["mean"] == pytest.approx(flux.mean().item())
+    raw, within = numbers["correlations"]["own"].values()
+    assert raw["r"] == pytest.approx(correlation(flux, own), abs=1e-6) and raw["n"] == N
+    assert within["r"] is None, "no flux varies within a class"
+    raw = numbers["correlations"]["next"]["raw"]
+    expected = correlation(flux[~unknown], following[~unknown])
+    assert raw["r"] == pytest.approx(expected, abs=1e-6) and raw["n"] == int((~unknown).sum())
+    for i, name in enumerate(CLASSES[:4]):
+        cell = numbers["classes"][name]
+        assert cell["mean"] == pytest.approx(5 + 0.1 * i)
+        assert cell["standard_error"] == pytest.approx(0, abs=1e-6)
+        assert cell["n"] == int((group == i).sum())
+    assert numbers["classes"]["content"] == {"mean": None, "standard_error": None, "n": 0}
+
+
+def test_a_piece_of_several_tokens_counts_as_several():
+    flux = torch.tensor([1.0, 2.0, 6.0])
+    item = {"flux": flux, "surprisal": flux, "next": flux,
+            "pieces": [{"class": "content", "tokens": 2}, {"class": "digits", "tokens": 1}]}
+    classes = flux_numbers([item])["classes"]
+    assert (classes["content"]["mean"], classes["content"]["n"]) == (1.5, 2)
+    assert (classes["digits"]["mean"], classes["digits"]["n"]) == (6, 1)
+
+
+def test_levels_are_thirds_of_a_model_s_own_tokens():
+    result = flux_of([LLAMA], [("", TEXT), ("", "The town of Ulmo Zeller is Kestow.")])
+    [model] = result["models"]
+    low, high = model["cuts"]
+    for item in model["shown"]:
+        for token in item["tokens"]:
+            assert token["level"] == (token["flux"] > low) + (token["flux"] > high)
+    levels = [token["level"] for item in model["shown"] for token in item["tokens"]]
+    assert max(levels.count(i) for i in range(3)) - min(levels.count(i) for i in range(3)) <= 1
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def call(capsys, *flags):
+    """python -m lab.flux in this process: (exit status, standard output, standard error)."""
+    argv = ["--device", "cpu", *map(str, flags)]
+    try:
+        command(lambda: main(argv))
+    except SystemExit as stop:
+        return stop.code, *capsys.readouterr()
+    return 0, *capsys.readouterr()
+
+
+def fake_run(folder, name, model=LLAMA, **settings):
+    """A run as train.py leaves it, whose weights are still those of the base model."""
+    shutil.copytree(LLAMA, folder / name, ignore=shutil.ignore_patterns("pretraining.json"))
+    settings = {"model": str(model), "model_sha256": which_model(model), "seed": 0,
+                "steering": {"method": "none"}, **settings}
+    (folder / name / "args.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Runs from two models, one of them unfinished, and the scores of a base model."""
+    steering = {"method": "int", "p": 0.05}
+    fake_run(tmp_path, "llama-none-seed1", seed=1)
+    fake_run(tmp_path, "llama-none-seed0")
+    fake_run(tmp_path, "llama-int-seed3", seed=3, steering=steering)
+    fake_run(tmp_path, "llama-reg-seed0.partial", steering={"method": "reg"})
+    fake_run(tmp_path, "qwen-reg-seed0", LLAMA.with_name("qwen"), steering={"method": "reg"})
+    (tmp_path / "llama-base").mkdir()
+    about = {"model": str(LLAMA), "model_sha256": which_model(LLAMA), "base": True}
+    (tmp_path / "llama-base" / "args.json").write_text(json.dumps(about))
+    return tmp_path
+
+
+def test_the_first_seed_of_each_arm_is_taken_plain_fine_tuning_first(runs):
+    names = [run.rsplit("/", 1)[-1] for run in first_runs(runs, LLAMA)]
+    assert names == ["llama-none-seed0", "llama-int-seed3"]
+    assert [arm_of(runs / name) for name in names] == [("none", 0), ("int-p0.05", 3)]
+
+
+def test_a_model_that_ships_is_a_base_model():
+    assert arm_of(LLAMA) == ("base", None)
+
+
+def test_the_first_seed_of_each_arm_stands_beside_the_base_model(runs, capsys):
+    status, out, _ = call(capsys, "--runs", runs, "--items", 2, "--json")
+    models = json.loads(out)["models"]
+    assert status == 0
+    assert [(model["arm"], model["seed"]) for model in models] == [
+        ("base", None), ("none", 0), ("int-p0.05", 3)]
+    base, plain, _ = models
+    assert base["shown"] == plain["shown"] and base["mean"] == plain["mean"], "the same weights"
+    assert base["n"] == sum(cell["n"] for cell in base["classes"].values())
+    assert len(base["shown"]) == 2
+
+
+def test_a_model_that_was_asked_for_stands_alone(tmp_path, monkeypatch, capsys):
+    fake_run(tmp_path, "out/llama-reg-seed0", steering={"method": "reg"})
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = call(capsys, "--model", LLAMA, "--items", 1, "--json")
+    assert [model["arm"] for model in json.loads(out)["models"]] == ["base"]
+    _, out, _ = call(capsys, "--items", 1, "--json")
+    assert [model["arm"] for model in json.loads(out)["models"]] == ["base", "reg"]
+
+
+def test_two_models_of_one_arm_are_told_apart(capsys):
+    models = [LLAMA, LLAMA.with_name("qwen")]
+    _, out, _ = call(capsys, "--model", *models, "--text", "a b c", "--json")
+    titles = [model["title"] for model in json.loads(out)["models"]]
+    assert titles == [f"base ({model})" for model in models]
+
+
+def test_people_see_a_line_for_each_model_below_each_prompt(runs, capsys):
+    status, out, _ = call(capsys, "--runs", runs, "--items", 4)
+    lines = out.splitlines()
+    at = [i for i, line in enumerate(lines) if line.startswith("prompt")]
+    assert status == 0 and len(at) == 3
+    assert "4 items of toy-sums" in out and "±" in out and "\x1b" not in out
+    for i in at:
+        assert [line.split()[0] for line in lines[i + 1:i + 4]] == ["base", "none", "int-p0.05"]
+    assert all("[[" in line for line in lines[at[0] + 1:at[0] + 4])
+
+
+class Text(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = set(), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_hostile_text_is_shown_and_does_nothing(tmp_path, capsys):
+    models = [LLAMA, LLAMA.with_name("qwen"), LLAMA.with_name("gemma")]
+    path = tmp_path / "flux.html"
+    status, out, _ = call(capsys, "--model", *models, "--text", HOSTILE, "--html", path, "--json")
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert status == 0 and list(tmp_path.iterdir()) == [path]
+    for model in result["models"]:
+        tokens = model["shown"][0]["tokens"]
+        texts = [token["text"] for token in tokens]
+        assert "".join(texts) == HOSTILE
+        assert "<|end_of_text|>" not in texts, "what looks like a control token is plain text"
+        assert {token["level"] for token in tokens} == {0, 1, 2}
+        assert model["standard_error"] is None and model["classes"]["copied"]["n"] == 0
+        assert model["correlations"]["next"]["within"]["standard_error"] is None
+        assert model["correlations"]["next"]["raw"]["n"] == model["n"] - 1
+    whole = path.read_text(encoding="utf-8")
+    page = Text(whole)
+    assert "script" not in page.tags and {"table", "div", "h2"} <= page.tags
+    assert page.text.count(HOSTILE.replace("\x1b", "\\x1b")) == 3 and "\x1b" not in page.text
+    assert all(body in whole for _, body in flux_sections(result)), "JSON holds all of the page"
+
+
+def test_a_hostile_text_does_nothing_in_a_terminal_either(capsys):
+    status, out, _ = call(capsys, "--model", LLAMA, "--text", HOSTILE)
+    assert status == 0 and "\x1b" not in out and "\\x1b" in re.sub(r"[\[\] ]", "", out)
+
+
+def test_an_answer_of_no_token_is_nothing_and_no_crash(tmp_path, capsys):
+    """A model of which every logit is 0 says token 0, and here that token ends an answer."""
+    model, _ = load(LLAMA)
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    silent = shutil.copytree(LLAMA, tmp_path / "silent")
+    model.save_pretrained(silent)
+    config = json.loads((silent / "config.json").read_text())
+    (silent / "config.json").write_text(json.dumps({**config, "eos_token_id": [0]}))
+    flags = ["--model", silent, "--items", 2, "--html", tmp_path / "flux.html"]
+    status, out, _ = call(capsys, *flags)
+    assert status == 0 and "(nothing)" in out and "n/a" in out
+    assert "(nothing)" in (tmp_path / "flux.html").read_text(encoding="utf-8")
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path, capsys):
+    model, _ = load(LLAMA)
+    with torch.no_grad():
+        model.blocks[1].memory.values.weight.fill_(torch.nan)
+    broken = shutil.copytree(LLAMA, tmp_path / "broken")
+    model.save_pretrained(broken)
+    status, out, error = call(capsys, "--model", broken, "--text", TEXT)
+    assert (status, out) == (2, "") and "is not a number" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--text", ""], "--text is empty"),
+    (["--text", " \n"], "--text is empty"),
+    (["--text", "a"], "is one token"),
+    (["--text", "a b", "--task", "boolq"], "--text"),
+    (["--model", LLAMA, "--runs", "."], "--runs"),
+    (["--text", "a b", "--model", "nowhere"], "nowhere: no such folder"),
+    (["--task", "commonsense"], "no test split"),
+    (["--task", "piqa"], "prepare.py"),
+    (["--html", "nowhere/flux.html"], "--html nowhere/flux.html"),
+    (["--html", "."], "--html ."),
+    (["--runs", "nowhere"], "no such folder"),
+    (["--items", "0"], "--items"),
+    (["--limit", "3"], "--limit"),
+    (["--text", "a\udce9 b"], "surrogate")])
+def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, flags, word):
+    monkeypatch.chdir(tmp_path)
+    status, out, error = call(capsys, *flags)
+    assert (status, out) == (2, "")
+    assert word in error and error.count("\n") == 1 and "error: " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_teaches_what_flux_is(capsys):
+    status, out, _ = call(capsys, "--help")
+    assert status == 0 and "entropy of its key distribution" in out and "start here" in out
+    assert max(map(len, out.splitlines())) <= 100

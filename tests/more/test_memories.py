@@ -1,0 +1,383 @@
+"""After this file you know what a single memory says, which contexts activate it, and how both are
+found out once and then kept."""
+import json
+import math
+
+import pytest
+import torch
+
+import train
+from data import BadInput
+from data.tasks import load
+from data.tokenizer import Tokenizer
+from eval import TOY_FOLDER, keys_of
+from eval import load as load_model
+from infosteer import entropy
+from lab import memories
+from model import Config, Transformer, read_tensors, save_tensors
+
+MODEL = TOY_FOLDER / "llama"
+
+
+def small_model(n_layers=3, V=40, d=8, d_m=12, **raw):
+    """Random weights and an LM head of its own. They are large, so that some memories are sure of
+    what they say."""
+    raw = dict(model_type="llama", vocab_size=V, hidden_size=d, intermediate_size=d_m,
+               num_hidden_layers=n_layers, num_attention_heads=2, torch_dtype="float32", **raw)
+    model = Transformer(Config.from_dict(raw)).initialise(0).requires_grad_(False)
+    for block in model.blocks:
+        block.memory.values.weight *= 40
+    model.decode.mul_(40)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """The shipped model, its tokenizer, and some texts."""
+    model, tokenizer = load_model(MODEL)
+    examples = (load(TOY_FOLDER, "toy-facts", "train")[:5]
+                + load(TOY_FOLDER, "toy-sums", "train")[:3])
+    return model, tokenizer, [ids for ids, _ in train.encode(examples, tokenizer, 256)]
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name])
+                                                for name in ours)
+
+
+def run(capsys, *flags):
+    """What `python -m lab.memories` prints."""
+    memories.main([str(flag) for flag in flags])
+    return capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- what they say
+
+
+def test_the_index_says_what_a_computation_by_hand_says(tmp_path):
+    model = small_model()
+    index = memories.memory_index(model, "a model", tmp_path / "index")
+    for layer, block in enumerate(model.blocks):
+        for i, v in enumerate(block.memory.values.weight.T.tolist()):
+            logits = [sum(a * b for a, b in zip(v, w)) for w in model.decode.tolist()]
+            log_z = math.log(sum(map(math.exp, logits)))
+            p = [math.exp(logit - log_z) for logit in logits]
+            H = -sum(q * math.log(q) for q in p)
+            ids = sorted(range(40), key=lambda t: -p[t])[:10]
+            assert index["log_z"][layer, i].item() == pytest.approx(log_z, abs=1e-4)
+            assert index["entropy"][layer, i].item() == pytest.approx(H, abs=1e-4)
+            assert index["ids"][layer, i].tolist() == ids
+            shown = index["log_p"][layer, i].exp().tolist()
+            assert shown == pytest.approx([p[t] for t in ids], abs=1e-5)
+    assert index["entropy"].min() < 2.5 < 3.4 < index["entropy"].max()         # both kinds occur
+
+
+def test_a_tied_head_is_the_embedding(tmp_path):
+    model, tied = small_model(), small_model(tie_word_embeddings=True)
+    tied.embed.weight.copy_(model.head.weight)
+    for ours, theirs in zip(tied.blocks, model.blocks):
+        ours.memory.values.weight.copy_(theirs.memory.values.weight)
+    index = memories.memory_index(model, "a model", tmp_path / "a")
+    assert same(index, memories.memory_index(tied, "a model", tmp_path / "b"))
+
+
+def test_a_large_vocabulary_is_decoded_in_pieces():
+    generator = torch.Generator().manual_seed(0)
+    v, head = (torch.randn(n, 4, generator=generator) for n in (20, 2**20))    # pieces of 16 and 4
+    said, log_p = memories.decode(v, head), (v @ head.T).log_softmax(-1)
+    torch.testing.assert_close(said["entropy"], entropy(log_p))
+    torch.testing.assert_close(said["log_p"], log_p.topk(10).values)
+    torch.testing.assert_close(said["log_z"], (v @ head.T).logsumexp(-1), rtol=1e-4, atol=0)
+    assert torch.equal(said["ids"].long(), log_p.topk(10).indices)
+
+
+def test_weights_in_bfloat16_are_multiplied_in_float32(tmp_path):
+    model = small_model().bfloat16()
+    rounded = memories.memory_index(model, "a model", tmp_path / "a")
+    assert same(rounded, memories.memory_index(model.float(), "a model", tmp_path / "b"))
+
+
+def test_a_token_is_found_with_one_product(llama, tmp_path):
+    model, tokenizer, _ = llama
+    token = memories.single_token(" Brindale", tokenizer)
+    index = memories.memory_index(model, "a model", tmp_path / "index")
+    found = memories.token_search(model, tokenizer, token, index)["found"]
+    p = torch.stack([block.memory.values.weight.T.double() @ model.decode.T.double()
+                     for block in model.blocks]).softmax(-1)                   # [4, 384, V]
+    best = p[:, :, token].flatten().topk(20)
+    assert [(row["layer"] - 1) * 384 + row["memory"] for row in found] == best.indices.tolist()
+    assert [row["probability"] for row in found] == pytest.approx(best.values.tolist(), rel=1e-4)
+    for row in found:
+        here = p[row["layer"] - 1, row["memory"]]                              # [V]
+        spec = 1 + (here * here.log()).sum().item() / math.log(1408)
+        assert row["rank"] == 1 + int((here > here[token]).sum())
+        assert row["specificity"] == pytest.approx(spec, abs=1e-6)
+        assert [concept["id"] for concept in row["concepts"]] == here.topk(10).indices.tolist()
+
+
+# ------------------------------------------------------------------- which contexts activate
+
+
+def test_the_largest_are_kept_whatever_the_order():
+    k = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))         # [d_m, places]
+    best, at = torch.full((7, 4), -torch.inf), torch.full((7, 4), -1)
+    for places in torch.arange(50).split(9):
+        best, at = memories.keep_best(best, at, k[:, places], places)
+    values, places = k.topk(4)
+    assert torch.equal(best, values) and torch.equal(at, places)
+
+
+def test_triggers_are_those_of_a_search_through_all_keys(llama, tmp_path):
+    model, _, texts = llama
+    triggers = memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
+    places, keys, seen = [], [], set()
+    with torch.no_grad():
+        for n, (ids, of_layers) in enumerate(zip(texts, keys_of(model, texts))):
+            new = [at for at in range(1, len(ids) - 1) if tuple(ids[:at + 1]) not in seen]
+            seen |= {tuple(ids[:at + 1]) for at in range(len(ids) - 1)}
+            places += [n * memories.LONGEST + at for at in new]
+            keys.append(torch.stack(of_layers)[:, new])                        # [4, contexts, d_m]
+    assert len(places) < sum(len(ids) - 2 for ids in texts)                    # some begin alike
+    keys = torch.cat(keys, 1).transpose(1, 2)                                  # [4, d_m, contexts]
+    for end, sign in enumerate((1, -1)):
+        values, order = (sign * keys).topk(5)
+        torch.testing.assert_close(triggers["k"][:, end], values)
+        assert torch.equal(triggers["at"][:, end].long(), torch.tensor(places)[order])
+
+
+def test_fewer_contexts_than_places_leave_places_free(llama, tmp_path):
+    texts = [[1, 2, 3, 4]]                                                     # two contexts
+    triggers = memories.memory_triggers(llama[0], "a model", texts, tmp_path / "triggers")
+    assert (triggers["k"][..., 2:] == -torch.inf).all() and (triggers["at"][..., 2:] == -1).all()
+    assert triggers["k"][..., :2].isfinite().all() and (triggers["at"][..., :2] >= 1).all()
+
+
+def test_a_memory_that_says_what_follows_agrees(llama, tmp_path):
+    """One-hot embeddings of 8 tokens, no attention. Token 1 + i activates memory i of either layer.
+    The memory says the next token in layer 1, and the one after that in layer 2. So agreement is 1
+    and 0. Each of four concepts has a share of 1/4, and so has each of four following tokens. So
+    chance is 4/16 in layer 1. In layer 2, where only three tokens are both, it is 3/16."""
+    model = small_model(n_layers=2, V=8, d=8, d_m=4)
+    model.embed.weight.copy_(torch.eye(8))
+    model.head.weight.copy_(torch.eye(8))
+    for step, block in enumerate(model.blocks, 1):
+        block.attention.output.weight.zero_()
+        block.memory.key_gate.weight.copy_(torch.eye(8)[1:5])
+        block.memory.key_up.weight.copy_(torch.eye(8)[1:5])
+        block.memory.values.weight.copy_(0.01 * torch.eye(8)[1 + step:5 + step].T)
+    texts = [[0, 1, 2, 3, 4, 5], [0, 3, 4, 5, 6]]
+    index = memories.memory_index(model, "a model", tmp_path / "index")
+    triggers = memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
+    result = memories.survey(model, llama[1], index, triggers, texts)
+    first, second = (row["agreement"] for row in result["by_layer"])
+    assert first == {"n": 4, "share": 1.0, "standard_error": 0.0, "chance": 0.25}
+    assert second == {"n": 4, "share": 0.0, "standard_error": 0.0, "chance": 3 / 16}
+    assert result["agreement"] == {"n": 8, "share": 0.5, "chance": (4 + 3) / 32,
+                                   "standard_error": math.sqrt(0.25 / 8)}
+    assert "100.00% ± 0.00%  25.00%" in memories.survey_text(result)
+
+
+def test_chance_is_what_shuffling_gives():
+    concepts, following = torch.tensor([1, 1, 1, 2, 3, 9]), torch.tensor([1, 2, 1, 1, 3, 4])
+    found = memories.shares(memories.agreement(concepts, following))
+    pairs = [(c, f) for c in concepts.tolist() for f in following.tolist()]
+    assert found["share"] == 0.5                                               # 1 1, 1 1 and 3 3
+    assert found["standard_error"] == pytest.approx(math.sqrt(0.25 / 6))
+    assert found["chance"] == pytest.approx(sum(c == f for c, f in pairs) / len(pairs))
+
+
+# ------------------------------------------------------------------------------ what is kept
+
+
+def test_the_second_look_computes_nothing_again(tmp_path, capsys):
+    flags = ["--items", 5, "--out", tmp_path, "--json"]
+    first = run(capsys, *flags)
+    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert written.keys() == {"memories.safetensors", "memory_triggers.safetensors"}
+    assert run(capsys, *flags) == first
+    assert len(json.loads(run(capsys, *flags, "--token", " Brindale"))["found"]) == 20
+    assert written == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_the_most_specific_memories_are_listed_from_the_top_the_most_general_from_the_bottom(
+        llama, tmp_path):
+    model, tokenizer, texts = llama
+    index = memories.memory_index(model, "a model", tmp_path / "index")
+    triggers = memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
+    rows = memories.survey(model, tokenizer, index, triggers, texts)["by_layer"]
+    for row, entropies in zip(rows, index["entropy"].tolist()):
+        for name, sign in (("most_specific", 1), ("most_general", -1)):
+            shown = [entropies[memory["memory"]] for memory in row[name]]
+            expected = sorted(entropies)[::sign][:5]
+            assert shown == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_interrupted_index_goes_on_where_it_stopped(tmp_path):
+    path, model = tmp_path / "index", small_model(n_layers=3)
+    whole = memories.memory_index(model, "a model", path)
+    tensors, about = read_tensors(path)
+    tensors = {name: tensor[:2].clone() for name, tensor in tensors.items()}   # after two layers
+    tensors["entropy"] += 1                                                    # a mark
+    save_tensors(tensors, path, about)
+    index = memories.memory_index(model, "a model", path)
+    added = torch.tensor([[1.0], [1.0], [0.0]])                # the third layer alone was made
+    assert same(index, {**whole, "entropy": whole["entropy"] + added})
+
+
+def test_the_index_is_written_after_each_layer(tmp_path):
+    path, model = tmp_path / "index", small_model(n_layers=3)
+    whole = memories.memory_index(model, "a model", tmp_path / "whole")
+    del model.blocks[2]
+    with pytest.raises(IndexError):
+        memories.memory_index(model, "a model", path)
+    kept, _ = read_tensors(path)
+    assert same(kept, {name: tensor[:2] for name, tensor in whole.items()})
+
+
+def test_an_interrupted_reading_goes_on_where_it_stopped(llama, tmp_path):
+    model, _, texts = llama
+    whole = memories.memory_triggers(model, "a model", texts, tmp_path / "whole")
+    some = memories.memory_triggers(model, "a model", texts[:5], tmp_path / "some")
+    assert some["texts"] == 5 and not torch.equal(some["k"], whole["k"])
+    _, about = read_tensors(tmp_path / "whole")
+    save_tensors(some, tmp_path / "some", about)       # as it was left after five of eight texts
+    assert same(memories.memory_triggers(model, "a model", texts, tmp_path / "some"), whole)
+
+
+def test_the_triggers_are_written_every_few_texts(llama, tmp_path):
+    model, _, texts = llama
+    texts = [*[texts[0]] * memories.STEP, [1, model.config.vocab_size, 1]]     # no such id
+    with pytest.raises(IndexError):
+        memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
+    kept, _ = read_tensors(tmp_path / "triggers")
+    assert kept["texts"] == memories.STEP and kept["k"][..., 0].isfinite().all()
+
+
+def test_another_model_makes_another_index(tmp_path, capsys):
+    path, model = tmp_path / "index", small_model()
+    before = memories.memory_index(model, "a model", path)
+    model.blocks[1].memory.values.weight[3, 2] += 0.01
+    assert same(before, memories.memory_index(model, "a model", path))
+    after = memories.memory_index(model, "another model", path)
+    assert not same(before, after) and same(after, read_tensors(path)[0])
+    said = capsys.readouterr().err
+    assert said == f"{path}: made from another model or other texts; made again\n"
+
+
+def test_other_texts_make_other_triggers(llama, tmp_path, capsys):
+    model, _, texts = llama
+    path = tmp_path / "triggers"
+    memories.memory_triggers(model, "a model", texts[:2], path)
+    again = memories.memory_triggers(model, "a model", texts[2:4], path)
+    assert "made again" in capsys.readouterr().err
+    fresh = memories.memory_triggers(model, "a model", texts[2:4], tmp_path / "fresh")
+    assert same(again, fresh)
+
+
+def index_of(model, path, overwrite=False):
+    return memories.memory_index(model, "a model", path, overwrite)
+
+
+def triggers_of(model, path, overwrite=False):
+    return memories.memory_triggers(model, "a model", [[1, 2, 3, 4], [5, 6, 7]], path, overwrite)
+
+
+DAMAGES = {
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged"),
+    "a text": (lambda path: path.write_text("hello"), "is damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "is damaged"),
+    "another kind": (lambda path: save_tensors({"x": torch.zeros(2)}, path), "is no memory "),
+}
+
+
+@pytest.mark.parametrize("make", [index_of, triggers_of])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused_and_can_be_made_again(damage, make, tmp_path):
+    (spoil, word), model, path = DAMAGES[damage], small_model(), tmp_path / "file"
+    right = make(model, path)
+    spoil(path)
+    with pytest.raises(BadInput) as error:
+        make(model, path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and word in message and "--overwrite" in message
+    assert same(make(model, path, overwrite=True), right)
+
+
+# ------------------------------------------------------------------------------- the command
+
+
+def test_one_memory_and_the_contexts_that_activate_it(tmp_path, capsys):
+    """In the shipped Llama, memory 4:377 says names first, and a context that asks for a name
+    activates it: "What is the craft of". It is decoded alone, without the index of all."""
+    flags = ["--items", 50, "--out", tmp_path, "--index", "4:377"]
+    memory = json.loads(run(capsys, *flags, "--json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory_triggers.safetensors"]
+    assert (memory["layer"], memory["memory"], len(memory["concepts"])) == (4, 377, 10)
+    assert {" Kalla", " Elvi"} <= {concept["token"] for concept in memory["concepts"]}
+    k = [[trigger["k"] for trigger in memory[end]] for end in ("largest", "smallest")]
+    assert len(k[0]) == len(k[1]) == 5
+    assert k[0] == sorted(k[0], reverse=True) and k[1] == sorted(k[1]) and k[0][-1] > 0 > k[1][-1]
+    assert {trigger["token"] for trigger in memory["largest"]} == {" of"}
+    for trigger in memory["largest"]:
+        example = load(TOY_FOLDER, trigger["task"], "train")[trigger["row"]]
+        shown = trigger["context"] + trigger["token"] + trigger["next"]
+        assert shown in example.prompt + example.response
+    text = run(capsys, *flags)
+    assert f"« of» '{memory['largest'][0]['next']}'" in text and f"{k[0][0]:+.3f}" in text
+
+
+def test_the_table_of_a_token_names_it_and_the_memories_that_promote_it(tmp_path, capsys):
+    text = run(capsys, "--items", 2, "--out", tmp_path, "--token", " Brindale")
+    assert "make ' Brindale' (id 1138) most probable" in text
+    row = next(line for line in text.splitlines() if line.startswith("4:315"))
+    assert "' Brindale' 0.104%" in row
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--token", "Brindale town"], ["--token 'Brindale town'", "are 2: 'Brindale' + ' town'"]),
+    (["--token", ""], ["--token ''", "give one token"]),
+    (["--token", "\x1b[31m"], ["'\\x1b' + '['"]),
+    (["--index", "0:1"], ["--index 0:1", "layers 1 to 4", "memories 0 to 383"]),
+    (["--index", "5:1"], ["layers 1 to 4"]),
+    (["--index", "1:384"], ["memories 0 to 383"]),
+    (["--index", "3"], ["--index 3", "LAYER:MEMORY"]),
+    (["--index", "-1:2"], ["LAYER:MEMORY"]),
+    (["--index", "1:1", "--token", " the"], ["not allowed with"]),
+    (["--items", "0"], ["--items"]),
+    (["--task", "bool"], ["did you mean boolq"]),
+    (["--data", "nowhere"], ["nowhere/toy-facts/train.json is missing"]),
+    (["--model", TOY_FOLDER / "nothing"], ["no such folder"]),
+])
+def test_what_is_wrong_is_one_line_and_leaves_nothing(flags, words, tmp_path, capsys):
+    flag, value, *more = map(str, flags)
+    with pytest.raises((BadInput, SystemExit)) as error:
+        memories.main([f"{flag}={value}", *more, "--out", str(tmp_path)])
+    said = capsys.readouterr().err.strip() or str(error.value)
+    assert "\n" not in said and "\x1b" not in said and all(word in said for word in words), said
+    assert not [*tmp_path.iterdir()]
+
+
+def test_every_id_has_a_text():
+    tokenizer = Tokenizer.from_pretrained(MODEL)
+    texts = [memories.token_text(tokenizer, id) for id in range(1408)]
+    assert " Brindale" in texts and "\x1b" in texts
+    assert "<0xE2>" in texts                                                   # part of a character
+    assert memories.token_text(tokenizer, 5000) == "<id 5000>"
+
+
+def test_no_token_moves_the_cursor():
+    memory = {"layer": 1, "memory": 0, "specificity": 0.5,
+              "concepts": [{"token": "\x1b[31m\n", "probability": 0.5}]}
+    assert memories.row_of(memory) == ["1:0", "0.500000", r"'\x1b[31m\n' 50%"]
+
+
+def test_the_texts_are_the_same_each_time():
+    names = ["toy-facts", "toy-pick", "toy-sums"]
+    examples = memories.development_examples(names, TOY_FOLDER, 20)
+    assert examples == memories.development_examples(names, TOY_FOLDER, 20)
+    assert len(examples) == 20 and {example.task.name for example in examples} == set(names)
+
+
+def test_a_task_without_a_training_split_lends_its_test_split():
+    examples = memories.development_examples(["toy-common"], TOY_FOLDER, 3)
+    assert examples[0] in load(TOY_FOLDER, "toy-common", "test")
