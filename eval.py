@@ -4,9 +4,8 @@
     python eval.py --model out/llama-reg-seed0                    the toy world's tasks
     python eval.py --model data/toy/llama --change                how far eq. 4 moves its answers
 
-Every response is kept beside its verdict in MODEL/eval/. An interrupted evaluation goes on where
-it stopped. The model runs unsteered, unless --steered keeps the steering it was trained with.
-Comparisons over seeds are the work of `python -m lab.experiment`.
+Every response is kept beside its verdict in MODEL/eval/, and an interrupted evaluation goes on.
+The model runs unsteered. Comparisons over seeds are the work of `python -m lab.experiment`.
 """
 import hashlib
 import json
@@ -19,11 +18,11 @@ from pathlib import Path
 import torch
 
 from data import BadInput, Parser, command, not_negative, positive, progress, read_json, write_whole
-from data.runs import read_run
+from data.runs import locked, read_run
 from data.tasks import TASKS, TOY, chance, find, judge, load as load_examples, make_response
 from data.tokenizer import FILES, Tokenizer
 from infosteer import METHODS, RANKINGS, Steering, recall
-from model import Transformer, read_tensors, weight_files
+from model import Config, Transformer, read_tensors, weight_files
 
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"  # tasks and models that ship
 TOY_TRAINING = ",".join(name for name, task in TOY.items() if "train" in task.splits)
@@ -35,30 +34,29 @@ CHUNK = 256                            # items that are answered between two wri
 
 def load(folder, dtype=torch.float32, device="cpu"):
     """A checkpoint folder -> (model, tokenizer), checked to fit together. Raises BadInput."""
-    check_folder(folder)
-    tokenizer = Tokenizer.from_pretrained(folder)
     model = Transformer.from_pretrained(folder, dtype, device)
+    tokenizer = Tokenizer.from_pretrained(folder)
     if tokenizer.max_id >= model.config.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has ids up to {tokenizer.max_id}, but the "
-                       f"embedding ends at {model.config.vocab_size - 1}; these are not the "
-                       "tokenizer files of this model")
+        raise BadInput(f"{folder}: not the tokenizer of this model: its ids go to "
+                       f"{tokenizer.max_id}, the embedding's to {model.config.vocab_size - 1}")
     if tokenizer.eos_id is None:
-        raise BadInput(f"{folder}: the tokenizer names no end-of-sequence token; set eos_token in "
-                       "tokenizer_config.json")
+        raise BadInput(f"{folder}: no end of sequence; set eos_token in tokenizer_config.json")
+    check_finite(model, folder)
     model.config = model.config.with_eos(tokenizer.eos_id)     # what training appends ends decoding
     return model, tokenizer
 
 
-def check_folder(folder):
-    if not Path(folder).is_dir():
-        raise BadInput(f"{folder}: no such folder; --model takes a checkpoint folder as published "
-                       "(config.json, safetensors, tokenizer files)")
+def check_finite(model, where):
+    """Raises BadInput if a weight is not a number, or infinite."""
+    for name, weight in model.named_parameters():
+        if not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise BadInput(f"{where}: {name} is not finite; if training made it, lower --lr")
 
 
 def which_model(folder) -> str:
     """The SHA-256 of a model's content: weights, configuration and tokenizer. It is the same for a
     copy, a moved or a touched folder, and another for any other model. Raises BadInput."""
-    check_folder(folder)
+    Config.from_pretrained(folder)
     sha = hashlib.sha256()
     names = ["config.json", "generation_config.json", *FILES]
     paths = [path for name in names if (path := Path(folder, name)).is_file()]
@@ -82,8 +80,8 @@ def pick_device(name):
 
 
 def set_threads(threads, names):
-    """So many threads compute from now on. Tasks of the toy world take one unless told otherwise: a
-    second one would only wait, and other numbers of threads add floats in another order."""
+    """Compute with so many threads. The toy world's tasks take one unless told otherwise: a second
+    would only wait, and other numbers of threads add floats in another order."""
     if threads or all(find(name).suite for name in names):
         torch.set_num_threads(threads or 1)
 
@@ -114,19 +112,18 @@ def steering_from(settings, where) -> Steering:
 
 def steering_of(folder, device="cpu") -> Steering:
     """The steering of a run, with what it found out about the memories. Raises BadInput."""
-    where = Path(folder, "args.json")
-    steering = steering_from(read_run(folder).get("steering", {"method": "none"}), where)
-    if METHODS[steering.method].per_memory:
-        steering = with_per_memory(steering, Path(folder, PER_MEMORY), device)
-    return steering
+    settings = read_run(folder).get("steering", {"method": "none"})
+    steering = steering_from(settings, Path(folder, "args.json"))
+    needs = METHODS[steering.method].per_memory
+    return with_per_memory(steering, Path(folder, PER_MEMORY), device) if needs else steering
 
 
 def with_per_memory(steering, path, device="cpu"):
     """A fine-grained steering with what a run of its own has written to `path`."""
-    per_memory = read_tensors(path)[0].get("per_memory")
-    if per_memory is None:
+    tensors, _ = read_tensors(path)
+    if "per_memory" not in tensors:
         raise BadInput(f"{path}: holds no per_memory; train the run again")
-    return replace(steering, per_memory=per_memory.to(device))
+    return replace(steering, per_memory=tensors["per_memory"].to(device))
 
 
 # ------------------------------------------------------------------------------- answering
@@ -170,7 +167,6 @@ def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_by
     items = answered_before(part, head)
     pending = [example for example in examples if example.index not in items]
     pending.sort(key=lambda example: -len(example.prompt))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "w", encoding="utf-8") as file, progress(
             total=len(examples), initial=len(items), desc=settings["task"], unit="item") as bar:
         file.write("".join([head, *(json.dumps(item) + "\n" for item in items.values())]))
@@ -193,13 +189,17 @@ def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_by
 
 
 def answered_before(part, head):
-    """The items that an interrupted evaluation of the same settings has left: {index: item}. A line
-    that the interruption cut is answered again."""
+    """The items that an interrupted evaluation of the same settings has left: {index: item}."""
     if not part.is_file():
         return {}
     first, *lines = part.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    items = [json.loads(line) for line in lines if line.endswith("}\n")] if first == head else []
-    return {item["index"]: item for item in items}
+    items = {}
+    for line in lines if first == head else ():
+        try:
+            items[json.loads(line)["index"]] = json.loads(line)
+        except (ValueError, TypeError, KeyError):
+            continue                   # a damaged line: its item is answered again
+    return items
 
 
 def summarise(items):
@@ -220,7 +220,7 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
     how: "generate", "choice" or None, which is each task's own way. Results go to `out`, or else to
     FOLDER/eval. Raises BadInput.
     """
-    tasks = {name: load_examples(data, name, "test")[:limit] for name in names}
+    tasks = {name: load_examples(data, name, "test") for name in names}
     for name, examples in tasks.items():
         if how == "choice" and (find(name).kind == "arithmetic" or not examples[0].choices):
             raise BadInput(f"--score choice: {name} has no short list of answers to rank; "
@@ -232,7 +232,8 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
     identity, out = which_model(folder), Path(out or Path(folder, "eval"))
     summaries, model = [], None
     for name, examples in tasks.items():
-        task = find(name)
+        task, part = find(name), f"-first{limit}" if limit and limit < len(examples) else ""
+        examples = examples[:limit]
         items = json.dumps([[example.prompt, example.answer] for example in examples])
         settings = {"task": name, "score": how or task.score, "dtype": dtype,
                     "steered": str(steering) if steered else None,
@@ -240,22 +241,28 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
                     "model": str(folder), "model_sha256": identity,
                     "items_sha256": hashlib.sha256(items.encode()).hexdigest()}
         variant = f"-{how}" * (how not in (None, task.score)) + "-steered" * steered
-        path = out / f"{name}{variant}{f'-first{limit}' if limit else ''}.jsonl"
-        done = path.with_suffix(".json")
-        if done.is_file() and not overwrite:
-            summary = read_json(done)
-            differing = [key for key, value in settings.items()
-                         if key != "model" and summary.get(key) != value]
-            if differing:
-                raise BadInput(f"{done}: holds scores of another {', '.join(differing)}; "
-                               "--overwrite replaces them, --out puts these elsewhere")
-        else:
-            if model is None:
-                model, tokenizer = load(folder, getattr(torch, dtype), device)
-            summary = evaluate(model, tokenizer, examples, path, settings, steering,
-                               int(cache_gb * 2**30))
+        path = out / f"{name}{variant}{part}.jsonl"
+        with locked(f"{path}.lock", wait=True):                # another process may score it now
+            summary = None if overwrite else read_scores(path.with_suffix(".json"), settings)
+            if summary is None:
+                if model is None:
+                    model, tokenizer = load(folder, getattr(torch, dtype), device)
+                summary = evaluate(model, tokenizer, examples, path, settings, steering,
+                                   int(cache_gb * 2**30))
         summaries.append(summary)
     return summaries
+
+
+def read_scores(path, settings):
+    """The summary that was written before; None if there is none. Raises BadInput for another's."""
+    if not path.is_file():
+        return None
+    summary = read_json(path)
+    differing = [key for key in settings.keys() - {"model"} if summary.get(key) != settings[key]]
+    if differing:
+        raise BadInput(f"{path}: holds scores of another {', '.join(sorted(differing))}; "
+                       "--overwrite replaces them, --out puts these elsewhere")
+    return summary
 
 
 def base_folder(out, model):
@@ -274,43 +281,33 @@ def with_error(mean, error) -> str:
     return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def table(summaries):
-    """Summaries -> the lines of a table, in percent."""
-    lines = [f"{'task':<16}{'n':>6}{'accuracy':>14}{'chance':>9}{'strict':>9}{'unparsed':>10}"]
-    for s in summaries:
-        lines.append(f"{s['task']:<16}{s['n']:>6}"
-                     f"{with_error(s['accuracy'], s['standard_error']):>14}"
-                     f"{100 * s['chance']:>9.1f}{100 * s['strict_accuracy']:>9.1f}"
-                     f"{s['unparsed']:>10}")
-    return "\n".join(lines)
-
-
 def suite_of(name):
     """The suite in which a task is reported: one of three in the toy world, itself elsewhere."""
     return find(name).suite or name
 
 
-def side_by_side(columns):
-    """{title: summaries} of models on the same tasks -> a table of suites, and within them of
-    tasks: accuracy in percent with its standard error over items."""
+def side_by_side(columns, detailed=False):
+    """{title: summaries} of models on the same tasks -> a table in percent: the accuracy of each
+    suite and of its tasks, with its standard error over items. detailed: what else is known."""
     first = next(iter(columns.values()))
     width = max(16, *(len(title) + 2 for title in columns))
-    lines = [f"{'accuracy, %':<20}{'n':>6}{'chance':>8}"
-             + "".join(title.rjust(width) for title in columns)]
+    lines = [f"{'accuracy, %':<20}{'n':>6}{'chance':>8}" + "".join(title.rjust(width) for title in columns)
+             + f"{'strict':>9}{'unparsed':>10}" * detailed]
     for suite in dict.fromkeys(suite_of(summary["task"]) for summary in first):
         inside = [i for i, summary in enumerate(first) if suite_of(summary["task"]) == suite]
-        cells = []
-        for summaries in columns.values():
-            errors = [summaries[i]["standard_error"] for i in inside]
-            cells.append(with_error(sum(summaries[i]["accuracy"] for i in inside) / len(inside),
-                                    math.hypot(*errors) / len(inside)))
-        lines.append(f"{suite:<34}" + "".join(cell.rjust(width) for cell in cells))
+        means = [with_error(sum(of[i]["accuracy"] for i in inside) / len(inside),
+                            math.hypot(*(of[i]["standard_error"] for i in inside)) / len(inside))
+                 for of in columns.values()]
+        if suite != first[inside[0]]["task"]:
+            lines.append(f"{suite:<34}" + "".join(cell.rjust(width) for cell in means))
         for i in inside:
-            cells = [with_error(summaries[i]["accuracy"], summaries[i]["standard_error"])
-                     for summaries in columns.values()]
-            lines.append(f"  {first[i]['task']:<18}{first[i]['n']:>6}"
-                         f"{100 * first[i]['chance']:>8.1f}"
+            s = first[i]
+            cells = (with_error(of[i]["accuracy"], of[i]["standard_error"])
+                     for of in columns.values())
+            lines.append(f"  {s['task']:<18}{s['n']:>6}{100 * s['chance']:>8.1f}"
                          + "".join(cell.rjust(width) for cell in cells))
+            if detailed:
+                lines[-1] += f"{100 * s['strict_accuracy']:>9.1f}{s['unparsed']:>10}"
     return "\n".join(lines)
 
 
@@ -369,23 +366,21 @@ def change_line(model, prompts, steering):
 # ---------------------------------------------------------------------------------- command
 
 COLUMNS = """
-The columns: accuracy in percent with its standard error; chance, what guessing among the allowed
-answers scores; strict, the accuracy under a stricter rule for finding the answer in a response
-(accuracy uses the rule of LLM-Adapters, to be comparable); unparsed, how many responses held no
-answer. Where accuracy and strict differ, read the responses.
-"""
+accuracy   in percent, with its standard error, by the rules of LLM-Adapters, to be comparable
+chance     what guessing among the allowed answers scores
+strict     accuracy under a stricter rule; where the two differ, read the responses
+unparsed   how many responses held no answer"""
 
 
 def read_settings(argv=None):
     parser = Parser(prog="eval.py", description=__doc__, epilog=COLUMNS)
     add = parser.add_argument
-    add("--model", metavar="DIR", required=True,
-        help="a run of train.py or a published checkpoint")
-    add("--task", metavar="A,B", default=",".join(TOY),
+    add("--model", metavar="DIR", required=True, help="a run of train.py, or as published")
+    add("--task", metavar="A,B",
         help=f"a comma list of: {', '.join(TASKS)}; or of the toy world's: {', '.join(TOY)} "
-        "(default: the toy world's)")
+        "(default, for a model of the toy world: all of its)")
     add("--data", metavar="DIR", help="the folder with TASK/test.json, as python data/prepare.py "
-        "makes one (default: data/toy)")
+        "makes one (default: data/toy for the toy world's tasks, else data/public)")
     add("--score", choices=("generate", "choice"), help="decode greedily, or rank the allowed "
         "answers by likelihood, which is fair to a model that has never seen the format (default: "
         "generate; choice for the toy world's facts)")
@@ -412,7 +407,13 @@ def read_settings(argv=None):
 
 def main(argv=None):
     args = read_settings(argv)
-    names, data = split_names(args.task), args.data or TOY_FOLDER
+    vocabulary = Path(args.model, "tokenizer.json")
+    if not args.task and not (vocabulary.is_file() and vocabulary.read_bytes()
+                              == Path(TOY_FOLDER, "tokenizer.json").read_bytes()):
+        raise BadInput(f"{args.model}: --task says what to score this model on; without it, models "
+                       "of the toy world are scored on its tasks")
+    names = split_names(args.task or ",".join(TOY))
+    data = args.data or (TOY_FOLDER if find(names[0]).suite else TOY_FOLDER.parent / "public")
     set_threads(args.threads, names)
     if args.change:
         model, tokenizer = load(args.model, device=pick_device(args.device))
@@ -428,8 +429,8 @@ def main(argv=None):
                       args.limit, args.max_new_tokens, args.steered, args.cache_gb, args.overwrite)
     if args.json:
         return print(json.dumps(summaries, indent=2))
-    out = args.out or Path(args.model, "eval")
-    print(f"{table(summaries)}\nEvery response and verdict: {out}/*.jsonl")
+    print(side_by_side({"accuracy": summaries}, detailed=True)
+          + f"\nEvery response and verdict: {args.out or Path(args.model, 'eval')}/*.jsonl")
 
 
 if __name__ == "__main__":

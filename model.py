@@ -127,7 +127,8 @@ class Config:
         """Read `config.json`, and more end-of-sequence ids from `generation_config.json`."""
         path, generation = Path(folder, "config.json"), Path(folder, "generation_config.json")
         if not path.is_file():
-            raise BadInput(f"{path}: no such file; a model's folder has config.json and weights")
+            there = f"{path}: no such file" if path.parent.is_dir() else f"{folder}: no such folder"
+            raise BadInput(f"{there}; a model has config.json, safetensors and tokenizer files")
         config = cls.from_dict(read_json(path), str(path))
         if generation.is_file():
             more = read_json(generation).get("eos_token_id")
@@ -531,6 +532,8 @@ class Transformer(nn.Module):
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)         # [B]
         cache = self.new_cache(len(prompts), longest + max_new_tokens)
         x = self._read(prompts, lengths, cache, steering, prefill_tokens)      # [B, d]
+        if not x.isfinite().all():
+            raise BadInput("the model's numbers overflow; are its weights right, and --dtype?")
         for step in range(max_new_tokens):
             new = self.logits(x).argmax(-1)                                    # [B]
             ids = new.tolist()
@@ -598,6 +601,8 @@ class Transformer(nn.Module):
             of = [where[place] for place in zip(rows, positions)]
             for i, score in zip(owners, logits.log_softmax(-1)[of, targets].tolist()):
                 scores[i] += score
+            if not logits.isfinite().all():
+                raise BadInput("the model's numbers overflow; are its weights right, and --dtype?")
             done(sum(len(pairs[ids]) for ids in batch))
         return scores
 

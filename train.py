@@ -27,9 +27,9 @@ from data import BadInput, Parser, command, not_negative, number, positive, prog
 from data.runs import (begin, claim, finish, load_state, peak_memory, read_run, same_run,
                        save_state)
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
-from eval import (PER_MEMORY, TOY_FOLDER, TOY_TRAINING, base_folder, change_line, keys_of, load,
-                  pick_device, score, set_threads, side_by_side, split_names, which_model,
-                  with_per_memory)
+from eval import (PER_MEMORY, TOY_FOLDER, TOY_TRAINING, base_folder, change_line, check_finite,
+                  keys_of, load, pick_device, score, set_threads, side_by_side, split_names,
+                  which_model, with_per_memory)
 from infosteer import GENERIC, METHODS, NORMALISATIONS, RANKINGS, Before, Steering, meaningful
 from model import Config, save_tensors
 
@@ -98,14 +98,14 @@ def make_parser():
         "surrogate-entropy: reward the entropy of what the memories say together (B.2)")
     usual = {**vars(Steering()), "layers": "all"}
     for name, (kind, meaning) in STEERING_FLAGS.items():
-        limits = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        add(flag(name), help=f"{meaning} (default: {usual[name]})", **limits)
+        add(flag(name), help=f"{meaning} (default: {usual[name]})",
+            **{"choices" if isinstance(kind, tuple) else "type": kind})
 
     add = parser.add_argument_group("recipe (defaults: the paper's, Appendix A)").add_argument
     for name, (kind, paper, toy, meaning) in RECIPE_FLAGS.items():
         usual = f"{paper}; {toy} for the models in data/toy" if toy != paper else paper
         add(flag(name), type=kind, metavar="N", help=f"{meaning} (default: {usual})")
-    add("--seed", type=int, default=0, help="the order of the examples (default: 0)")
+    add("--seed", type=whole, default=0, help="the order of the examples (default: 0)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -114,8 +114,7 @@ def make_parser():
     add("--micro-tokens", type=positive, metavar="N", help="tokens in one pass; fewer need less "
         "memory, and the gradients stay the same (default: {cuda} on cuda, else {cpu})".format(
             **MICRO_TOKENS))
-    add("--threads", type=positive, metavar="N",
-        help="threads on a CPU (default: 1 for the toy world's tasks, else PyTorch's)")
+    add("--threads", type=positive, metavar="N", help="on a CPU (default: 1 for the toy world)")
     add("--save-every", type=positive, metavar="N", help="save a state for --resume every N steps")
     for name, meaning in SWITCHES.items():
         add(flag(name), action="store_true", help=meaning)
@@ -128,8 +127,7 @@ def flag(name):
 
 def read_settings(argv=None):
     """A command line -> the settings of one run. Raises BadInput."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = (parser := make_parser()).parse_args(argv)
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     given = {name: value for name in STEERING_FLAGS if (value := getattr(args, name)) is not None}
     for name in given:
@@ -154,9 +152,9 @@ def read_settings(argv=None):
         args.steering = Steering(args.steer, **given)
     except ValueError as error:        # BadInput is one
         parser.error(str(error))
-    if not args.out:
-        args.out = str(run_folder("out", args.model, args.steering, args.seed))
-        args.resume = not args.overwrite and Path(f"{args.out}.partial").exists()
+    named = args.out or run_folder("out", args.model, args.steering, args.seed)
+    args.resume |= not (args.out or args.overwrite) and Path(f"{named}.partial").exists()
+    args.out = os.path.normpath(named)                         # of x/.., for example
     return args
 
 
@@ -178,8 +176,8 @@ def parse_layers(text: str, n_layers: int) -> dict[int, dict[str, float]]:
     for part in text.replace(" ", "").split(","):
         found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?((?::[a-z0-9_-]+=[-+.0-9e]+)*)", part)
         if not found:
-            raise ValueError(f"--layers {text!r}: {part!r} is not a layer, a range or a strength; "
-                             "write, for example, 1-8 or 1,4,9-12 or 1-8:alpha=2,9-16:alpha=3")
+            raise ValueError(f"--layers {text!r}: {part!r} is not a layer, a range or a strength, "
+                             "as in 1-8:alpha=2,9,11-16:alpha=3")
         first, last = int(found[1]), int(found[2] or found[1])
         here = dict(strength.split("=") for strength in found[3].split(":")[1:])
         here = {name.replace("-", "_"): float(value) for name, value in here.items()}
@@ -324,8 +322,8 @@ def run(args, world, data, out, work):
     settings = settings_of(args) | {
         "steps_total": total, "examples": len(rows),
         "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
-    if args.resume:
-        same_run(settings, read_run(work), work)
+    if args.resume and (before := read_run(work)):             # {}: it died before it wrote any
+        same_run(settings, before, work)
     log = open(os.devnull, "a")
     if world.writes:
         log = begin(work, settings, tokenizer, args.overwrite)
@@ -399,7 +397,8 @@ def run(args, world, data, out, work):
                 rows_of = ", ".join(names[row] for row in (bad or batches)[0][:8])
                 sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, "
                          f"reward {reward:g}, gradient norm {norm:g}) in the batch of {rows_of}; "
-                         f"the last saved state is kept in {work}; a lower --lr often helps")
+                         f"the last saved state is kept in {work}; a lower --lr or a weaker "
+                         "steering often helps")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args, total)
             optimizer.step()
@@ -425,6 +424,7 @@ def run(args, world, data, out, work):
     # ---- the finished run appears as a whole
     model = world.whole(model)
     if world.writes:
+        check_finite(model, f"{work}: after the last step")
         model.save_pretrained(work)
         finish(work, out)
     world.wait()
@@ -470,7 +470,7 @@ def main(argv=None):
     else:
         train(args)
     if args.train_only or not is_toy(args.model):
-        flags = ["--model", args.out, "--task", args.task, "--data", args.data]
+        flags = [f"--model={args.out}", f"--task={args.task}", f"--data={args.data}"]
         return print("next       " + shlex.join(["python", "eval.py", *flags]))
     base = base_folder(Path(args.out).parent, args.model) / "eval"
     scores = {"base": score(args.model, TOY_TASKS, TOY_FOLDER, base, device=args.device),

@@ -1,7 +1,6 @@
 """The words of bad input, the one command line, the one progress bar, files written whole."""
 import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ from tqdm import tqdm
 class BadInput(ValueError):
     """Something the user gave us is wrong. The message is one line: what, where, what to do.
 
-    Commands print it and exit with status 2. Everything else that goes wrong is a bug and keeps its
-    traceback. What a message quotes comes from the very file that is wrong, so it is made printable
-    here, and a long one loses its middle.
-    """
+    Commands print it and exit with status 2. All else that goes wrong is a bug and keeps its
+    traceback. What a message quotes may be hostile or long: it is made printable and short here."""
 
     def __init__(self, message):
         words = " ".join(shorten(message).split())
@@ -72,9 +69,9 @@ class Parser(argparse.ArgumentParser):
 
 def whole(text, least=0):
     """An argparse type: a whole number at or above 0."""
-    if not text.isdecimal() or int(text) < least:
+    if not text.isdecimal() or int(text) < least or len(text) > 18:
         where = "above" if least else "at or above"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {where} 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {where} 0 that fits")
     return int(text)
 
 
@@ -83,29 +80,26 @@ def positive(text):
     return whole(text, 1)
 
 
-def number(text):
+def number(text, least=-1e30):
     """An argparse type: a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    value = float(text)
+    if not least <= value <= 1e30:                             # NaN is within no limits
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to 1e30")
     return value
 
 
 def not_negative(text):
     """An argparse type: a finite number at or above 0."""
-    value = number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
-    return value
+    return number(text, 0)
 
 
 def command(main):
     """Run the main() of a command. What the user can mend becomes one line on standard error and
     exit status 2: bad input, a file that cannot be read or written, too little memory."""
     name = Path(sys.argv[0]).name
+    for stream in ("stdout", "stderr"):                        # one may be closed, or know no ±
+        setattr(sys, stream, getattr(sys, stream) or open(os.devnull, "w"))
+        getattr(sys, stream).reconfigure(errors="replace", line_buffering=True)
     try:
         return main()
     except BrokenPipeError:            # of `... | head`: nobody reads the rest
@@ -118,8 +112,8 @@ def command(main):
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and (
                 "can't allocate memory" not in str(error)):
             raise
-        problem = ("out of memory; first lower --micro-tokens (training) or --cache-gb "
-                   "(evaluation), then add --checkpoint (training)")
+        problem = ("out of memory; first lower --micro-tokens (training), or --cache-gb or "
+                   "--max-new-tokens (evaluation), then add --checkpoint (training)")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; what was saved is kept", file=sys.stderr)
         sys.exit(130)

@@ -10,9 +10,8 @@ def spherical_kmeans(x, n: int, seed: int = 0, iterations: int = 50):
     without gaps; the centres [n, d]). Fewer rows than n are a group each.
 
     A row joins the centre with the largest cosine; a centre is the direction of its rows' sum. The
-    first centres are drawn as in k-means++: the chance of a row is its distance 1 - cos to the
-    nearest centre so far. A group that loses its last row takes the row that fits worst elsewhere.
-    """
+    first centres are drawn as in k-means++, by the distance 1 - cos to the nearest centre so far. A
+    group that loses its last row takes the row that fits worst elsewhere."""
     x = F.normalize(x.float(), dim=-1)                                             # [rows, d]
     n, generator = min(n, len(x)), torch.Generator().manual_seed(seed)
     chosen = [torch.randint(len(x), (1,), generator=generator).item()]

@@ -211,10 +211,7 @@ def main(argv=None):
   commonsense mixes the training rows of the 8 choice tasks. It is the largest file (about 100 MB).
   Each benchmark keeps its own licence.
 
---mirror URL replaces {HOST}. Under it are
-  {tasks.ADAPTERS}/dataset/<task>/<split>.json
-  {tasks.COMMONSENSE.source}
-  {tasks.GSM8K.format(split="<split>")}
+--mirror URL replaces {HOST}; the paths under it stay.
 --from DIR takes the first of these that it finds in DIR:
   dataset/<task>/<split>.json (as in a clone of LLM-Adapters), <task>/<split>.json
   commonsense: ft-training_set/commonsense_170k.json, commonsense/train.json

@@ -1,10 +1,6 @@
-"""The folder of a run: who may write it, what belongs to it, and how it appears as a whole.
-
-    OUT.partial    where a run grows, to be OUT when it is finished
-    OUT.lock       held by the process that writes it
-
-Only what this program wrote is ever deleted: a folder with any other file in it is left alone.
-"""
+"""The folder of a run: it grows in OUT.partial, to be OUT when it is finished, and the process that
+writes it holds OUT.lock. Only what this program wrote is ever deleted: a folder with any other
+file in it is left alone."""
 import json
 import os
 import pickle
@@ -27,6 +23,7 @@ except ImportError:                    # Windows: no lock on a run, no peak memo
 
 WRITTEN = {"args.json", "log.jsonl", "state.pt", "per_memory.safetensors", "config.json",
            "model.safetensors", "pretraining.json", "eval", *FILES}
+SCORED = {".json", ".jsonl", ".partial", ".part", ".lock", ".safetensors"}         # in OUT/eval
 # What --resume may change: the run stays the same. Models and data are told apart by content.
 MACHINE = {"command", "model", "data", "device", "micro_tokens", "checkpoint", "compile", "threads",
            "versions"}
@@ -47,42 +44,59 @@ def same_run(settings, before, where):
 
 
 @contextmanager
+def locked(path, wait=False):
+    """Hold a lock file, which a process that dies lets go. Where another process holds it, wait, or
+    raise BadInput, which is also raised for a folder that cannot be written."""
+    while True:
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a")     # what is not empty is somebody's, and no lock of ours
+            if os.fstat(file.fileno()).st_size:
+                raise FileExistsError(0, "is no lock of a run")
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            why = ("another process is writing this run; wait until it is done"
+                   if isinstance(error, BlockingIOError) else f"{error.strerror}; move it")
+            raise BadInput(f"{path}: {why}, or choose another --out") from None
+        if os.fstat(file.fileno()).st_nlink:                   # else its holder has just removed it
+            break
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)
+        file.close()
+
+
+@contextmanager
 def claim(out, resume, overwrite):
     """Hold the run at `out` for this process while it writes there. Raises BadInput where another
     process does, and where the run may not be written."""
     work = Path(f"{out}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.lock", "w") as lock:
-        try:
-            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{out}: another process is writing this run; wait until it is done, or "
-                           "choose another --out") from None
-        try:
-            if out.exists() and not overwrite:
-                raise BadInput(f"{out}: is there already; --overwrite replaces a finished run, and "
-                               "nothing that is not a run; or choose another --out")
-            if work.exists() and not (resume or overwrite):
-                raise BadInput(f"{work}: an interrupted run; --resume goes on with it, --overwrite "
-                               "starts anew")
-            if resume and not work.exists():
-                raise BadInput(f"{work}: no interrupted run to resume; leave --resume away")
-            check_ours(out)
-            check_ours(work)
-            yield
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
+    if os.path.lexists(out) and not overwrite:                 # a link to nowhere is something too
+        raise BadInput(f"{out}: is there already; --overwrite replaces a finished run, and nothing "
+                       "that is not a run; or choose another --out")
+    with locked(f"{out}.lock"):
+        if work.exists() and not (resume or overwrite):
+            raise BadInput(f"{work}: an interrupted run; --resume goes on with it, --overwrite "
+                           "starts anew")
+        if resume and not work.exists():
+            raise BadInput(f"{work}: no interrupted run to resume; leave --resume away")
+        check_ours(out)
+        check_ours(work)
+        yield
 
 
 def check_ours(folder):
-    """Raises BadInput if there is anything at `folder` that train.py did not write."""
-    if not folder.exists():
+    """Raises BadInput if there is anything at `folder` that this program did not write."""
+    if not os.path.lexists(folder):
         return
-    others = [path.name for path in folder.iterdir()
-              if path.name.removesuffix(".part") not in WRITTEN] if folder.is_dir() else ["a file"]
-    if others or not read_run(folder) and any(folder.iterdir()):
-        raise BadInput(f"{folder}: holds {', '.join(others) or 'no args.json'}: train.py did not "
-                       "write it, so it is never replaced; move it, or choose another --out")
+    found = {path.name.removesuffix(".part") for path in folder.glob("*")}
+    others = found - WRITTEN | {path.name for path in folder.glob("eval/*")
+                                if path.suffix not in SCORED}
+    born = found - {"args.json"}       # which is written first
+    if others or not folder.is_dir() or born and "model" not in read_run(folder):
+        raise BadInput(f"{folder}: holds {', '.join(others) or 'no args.json of a run'}, so it is "
+                       "not a run of train.py alone and never replaced; choose another --out")
 
 
 def begin(work, settings, tokenizer, overwrite):
@@ -98,6 +112,7 @@ def begin(work, settings, tokenizer, overwrite):
 
 def finish(work, out):
     """Let the finished run appear as a whole. A crash leaves the old run or the new one."""
+    check_ours(out)                    # somebody may have put something there meanwhile
     (work / "state.pt").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as old:
         if out.exists():

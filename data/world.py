@@ -3,11 +3,10 @@
     python data/world.py --out data/toy            the tasks and the tokenizer
     python data/world.py --out /tmp/toy --corpus   also the pre-training text, for people to read
 
-The world has 300 people with five attributes each. Pre-training tells every attribute in many
-wordings, but it asks questions about the 75 *famous* people only. Fine-tuning asks about 125
-others. The tests ask about the remaining 100: their answers are in the pre-training text, but no
-training question asks for them. So a right answer needs both what pre-training stored and the way
-of asking that fine-tuning taught. The same seed always gives the same bytes.
+There are 300 people with five attributes each. Pre-training tells every attribute in many wordings,
+but asks about the 75 *famous* people only. Fine-tuning asks about 125 others. The tests ask about
+the remaining 100: a right answer needs both what pre-training stored and the way of asking that
+fine-tuning taught. The same seed always gives the same bytes.
 """
 import json
 import random

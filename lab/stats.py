@@ -1,4 +1,5 @@
 """Means, standard errors and intervals, and the comparison of the runs in a folder."""
+import json
 import math
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data import BadInput, read_json
+from data.runs import MACHINE
 from data.tasks import TASKS, TOY
 from eval import steering_from, suite_of, which_model, with_error
 from lab import page
@@ -88,20 +90,65 @@ def grouped_correlation(x, y, group, text):
 
 
 # -------------------------------------------------------------------------- a folder of runs
+# Only what was made alike is compared: runs of one recipe, scores of the same items in the same
+# way. Of what is there, the largest group is kept. The others are left out, with a line.
+
+# An arm is a steering. What is neither the arm, nor the seed, nor the machine is the recipe.
+NO_RECIPE = MACHINE | {"steering", "seed"}
+SCORED_BY = ("items_sha256", "n", "score", "dtype", "max_new_tokens", "steered")
 
 
-def scan(folder):
+def left_out(text):
+    """Say on standard error what has no part in what is shown."""
+    print(f"left out: {BadInput(text)}", file=sys.stderr)
+
+
+def recipe_of(settings):
+    """What the args.json of runs must have in common to be compared."""
+    return {key: value for key, value in settings.items() if key not in NO_RECIPE}
+
+
+def differences(settings, others):
+    """In what settings differ from others, as words: "lr 0.001 instead of 0.0002"; "" if in
+    nothing."""
+    keys = [key for key in {**others, **settings} if settings.get(key) != others.get(key)]
+    return ", ".join(f"another {key}" if key.endswith("sha256") else
+                     f"{key} {settings.get(key)!s:.20} instead of {others.get(key)!s:.20}"
+                     for key in keys)
+
+
+def alike(found):
+    """Of [(what, settings)] those with the settings that most have; of two equally large groups the
+    first -> (what is kept, {words of `differences`: what else there is})."""
+    groups, others = {}, {}
+    for what, settings in found:
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((what, settings))
+    kept, *rest = sorted(groups.values(), key=len, reverse=True) or [[]]
+    for group in rest:
+        words = differences(group[0][1], kept[0][1])
+        others.setdefault(words, []).extend(what for what, _ in group)
+    return [what for what, _ in kept], others
+
+
+def of_models(runs):
+    """[run] -> the runs of each base model, as lists. A model is its content, not its path."""
+    return [[run for run in runs if run["model_sha256"] == sha]
+            for sha in dict.fromkeys(run["model_sha256"] for run in runs)]
+
+
+def scan(folder, say=left_out):
     """What train.py left in a folder: [{"model", "model_sha256", "arm", "seed", "folder",
-    "settings", "scores"}], one for each finished run and each base model. The arm is Steering.name
-    or "base", settings are its args.json, scores {task: accuracy} are from its eval/TASK.json. A
-    damaged run costs a line on standard error, not the other runs."""
+    "settings", "scores", "scored_by"}], one for each finished run and each base model. The arm is
+    Steering.name or "base", settings are its args.json, scores {task: accuracy} and scored_by
+    {task: {of SCORED_BY}} are from its eval/TASK.json. A damaged run costs a line, not the other
+    runs."""
     found = []
     for path in sorted(Path(folder).glob("*/args.json")):
         try:
             if path.parent.suffix not in (".partial", ".old"):
                 found += describe(path, read_json(path))
         except BadInput as error:
-            print(f"left out: {error}", file=sys.stderr)
+            say(error)
     return found
 
 
@@ -110,17 +157,27 @@ def describe(path, settings):
     base = settings.get("base") is True
     if not base and "steering" not in settings:
         return []
-    for name in ("model", "model_sha256", "seed")[:2 if base else 3]:
-        if type(settings.get(name)) is not (int if name == "seed" else str):
-            raise BadInput(f"{path}: {name} is {settings.get(name)!r}, which train.py never writes")
+    for name in {**settings, **dict.fromkeys(("model", "model_sha256", *["seed"] * (not base)))}:
+        kinds = {"model": str, "model_sha256": str, "seed": int, "steering": dict, "versions": dict}
+        value, kind = settings.get(name), kinds.get(name, (str, int, float, type(None)))
+        if not isinstance(value, kind) and not (base and name == "seed") or (
+                name == "seed" and isinstance(value, bool)):
+            raise BadInput(f"{path}: {name} is {value!r}, which train.py does not write; if an "
+                           "older one made this run, train it again")
     arm = "base" if base else steering_from(settings["steering"], path).name
-    scores = {}
+    scores, scored_by = {}, {}
     for file in path.parent.glob("eval/*.json"):
         if file.stem in TASKS or file.stem in TOY:             # not "boolq-first10"
-            scores[file.stem] = accuracy = read_json(file).get("accuracy")
+            summary = read_json(file)
+            scores[file.stem] = accuracy = summary.get("accuracy")
             if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
                 raise BadInput(f"{file}: accuracy is {accuracy!r}; score it again (--overwrite)")
+            if base and summary.get("model_sha256", sha := settings["model_sha256"]) != sha:
+                raise BadInput(f"{file}: holds scores of another model than {path} names; score it "
+                               "again (--overwrite)")
+            scored_by[file.stem] = {key: summary.get(key) for key in SCORED_BY}
     return [{"arm": arm, "folder": path.parent, "settings": settings, "scores": scores,
+             "scored_by": scored_by,
              **{name: settings.get(name) for name in ("model", "model_sha256", "seed")}}]
 
 
@@ -129,37 +186,74 @@ def plain_first(arm):
     return {"base": 0, "none": 1}.get(arm, 2)
 
 
-def runs_from(folder, model):
-    """The finished runs in a folder that began with a model of this content, whatever its path ->
-    [(arm, seed, run's folder)], plain fine-tuning first."""
-    found = [run for run in scan(folder) if run["arm"] != "base"]
+def comparable(runs, say=left_out):
+    """Of each base model the runs of one recipe, which is that of most (of plain fine-tuning, if it
+    is a draw), plain fine-tuning first. Of two runs of one arm and seed the one whose folder has a
+    name of its own is an arm of its own."""
+    kept, seen = [], set()
+    runs = sorted(runs, key=lambda run: (plain_first(run["arm"]), not run["folder"].name.endswith(
+        f"-{run['arm']}-seed{run['seed']}")))                  # as train.run_folder names them
+    for ours in of_models(runs):
+        trained = {run["folder"]: run for run in ours if run["arm"] != "base"}
+        like, others = alike((of, recipe_of(run["settings"])) for of, run in trained.items())
+        for words, folders in others.items():
+            say(f"{', '.join(str(of / 'args.json') for of in folders)}: another recipe, {words}; "
+                f"compared are the {len(like)} like {like[0]}; other recipes need another folder")
+        kept += [run for run in ours if run["arm"] == "base" or run["folder"] in like]
+    for run in kept:
+        arm = run["model_sha256"], run["arm"], run["seed"]
+        if arm in seen:
+            run["arm"] += f" ({run['folder'].name})"
+        seen.add(arm)
+    return sorted(kept, key=lambda run: (plain_first(run["arm"]), run["arm"], run["seed"] or 0))
+
+
+def like_scores(runs, say=left_out):
+    """Take from the runs of one base model the scores that were not made as most of the same task
+    were, and say which runs have no score of a task that others have."""
+    said = {}
+    for task in sorted({task for run in runs for task in run["scores"]}, key=[*TOY, *TASKS].index):
+        here = {run["folder"]: run for run in sorted(runs, key=lambda run: run["arm"] != "none")}
+        scored = [of for of in here if task in here[of]["scores"]]
+        _, others = alike((of, here[of]["scored_by"][task]) for of in scored)
+        for words, folders in others.items():
+            for of in folders:
+                del here[of]["scores"][task]
+            said.setdefault((words, *folders), []).append(task)
+        if lacking := [of for of in here if of not in scored]:
+            said.setdefault(("no score", *lacking), []).append(task)
+    for (words, *folders), tasks in said.items():
+        say(f"{', '.join(str(of / 'eval') for of in folders)}: {words}, of {', '.join(tasks)}")
+
+
+def runs_from(folder, model, say=left_out):
+    """The finished runs in a folder, as `scan` gives them, that began with a model of this content,
+    whatever its path, and have one recipe; plain fine-tuning first."""
+    found = [run for run in scan(folder, say) if run["arm"] != "base"]
     model = which_model(model) if found else None
-    found.sort(key=lambda run: (plain_first(run["arm"]), run["arm"], run["seed"]))
-    return [(run["arm"], run["seed"], run["folder"]) for run in found
-            if run["model_sha256"] == model]
+    return comparable([run for run in found if run["model_sha256"] == model], say)
 
 
-def find_runs(folder):
-    """The scored entries of `scan`. One content has one "model" in them, two contents have two. Of
-    two runs of one arm and seed (of two recipes, say) the one whose folder has a name of its own is
-    an arm of its own. Raises BadInput where there is nothing."""
+def find_runs(folder, say=left_out):
+    """The scored entries of `scan` that may be compared. One content has one "model" in them, two
+    contents have two. Raises BadInput where there is nothing."""
     if not Path(folder).is_dir():
         raise BadInput(f"{folder}: no such folder")
-    runs = [run for run in scan(folder) if run["scores"]]
+    runs = comparable([run for run in scan(folder, say) if run["scores"]], say)
     if not runs:
-        raise BadInput(f"{folder}: no scored run in it; python train.py --steer reg makes one")
-    runs.sort(key=lambda run: not run["folder"].name.endswith(
-        f"-{run['arm']}-seed{run['seed']}"))                   # as train.run_folder names them
-    titles, seen = {}, set()
-    for run in runs:
-        sha, title = run["model_sha256"], run["model"]
+        raise BadInput(f"{folder}: no scored run in it; " + (
+            f"it is a run itself, so give the folder it lies in" if Path(folder, "args.json").exists()
+            else "python train.py --steer reg makes one"))
+    titles = {}
+    for ours in of_models(runs):
+        like_scores(ours, say)
+        title = ours[0]["model"]
         if title in titles.values():
-            title += f" ({sha[:8]})"
-        run["model"] = titles.setdefault(sha, title)
-        if (sha, run["arm"], run["seed"]) in seen:
-            run["arm"] += f" ({run['folder'].name})"
-        seen.add((sha, run["arm"], run["seed"]))
-    return runs
+            title += f" ({ours[0]['model_sha256'][:8]})"
+        titles[ours[0]["model_sha256"]] = title
+    for run in runs:
+        run["model"] = titles[run["model_sha256"]]
+    return [run for run in runs if run["scores"]]
 
 
 def suites_of(tasks):
@@ -247,7 +341,7 @@ def accuracy_lines(rows, paper={}):
 
 def comparison_table(rows, paper={}):
     """The rows of `compare`, and figures of the paper, as a text for people."""
-    tables = [f"{model}\n\n" + page.columns(*accuracy_lines(
+    tables = [f"{page.visible(model)}\n\n" + page.columns(*accuracy_lines(
                   [row for row in rows if row["model"] == model], paper))
               for model in dict.fromkeys(row["model"] for row in rows)]
     return "\n\n".join([*tables, FOOTNOTE])

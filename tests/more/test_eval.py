@@ -149,7 +149,7 @@ def test_the_name_of_a_model_is_its_content_not_its_place(place, tmp_path):
     assert evaluation.which_model(copy) == name != evaluation.which_model(place / "run")
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         kept = (copy / file).read_bytes()
-        (copy / file).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        (copy / file).write_bytes(kept[:-1] + (b"\n\n" if "json" in file else b"\x01"))
         assert evaluation.which_model(copy) != name
         (copy / file).write_bytes(kept)
     assert evaluation.which_model(copy) == name
@@ -207,8 +207,8 @@ def test_an_interrupted_evaluation_with_other_settings_begins_again(place, tmp_p
 def test_the_table_for_people(place, capsys):
     evaluation.main(flags(place))
     header, row, where = capsys.readouterr().out.splitlines()
-    assert header.split() == ["task", "n", "accuracy", "chance", "strict", "unparsed"]
-    assert row.split() == ["boolq", "40", "50.0", "±", "7.9", "50.0", "50.0", "0"]
+    assert header.split()[2:] == ["n", "chance", "accuracy", "strict", "unparsed"]
+    assert row.split() == ["boolq", "40", "50.0", "50.0", "±", "7.9", "50.0", "0"]
     assert str(place / "run" / "eval") in where
 
 

@@ -236,14 +236,10 @@ def test_a_finished_run_of_other_settings_is_refused_and_stays(place):
     assert same(first, run_of(place / "taken")[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(place, tmp_path):
-    def spoil(model):
-        model.blocks[1].memory.values.weight.data.fill_(math.nan)
-
-    folder = checkpoint_folder(tmp_path / "broken", spoil=spoil)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(place):
     with pytest.raises(SystemExit) as stop:
-        train.main([*flags(place, "nan"), "--model", str(folder)])
+        train.main([*flags(place, "nan"), "--lr", "1e30", "--warmup", "0"])
     message = stop.value.code
-    assert message.startswith("train.py: step 1: the loss is not finite (lm_loss nan")
+    assert message.startswith("train.py: step 2: the loss is not finite (lm_loss ")
     assert "in the batch of boolq row " in message and message.count("\n") == 0
     assert not (place / "nan").exists()
