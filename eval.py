@@ -79,6 +79,11 @@ def pick_device(name):
     return torch.device(name)
 
 
+def usual_data(names):
+    """Where the data of tasks are, unless told otherwise: the toy world's ship."""
+    return os.path.relpath(TOY_FOLDER if find(names[0]).suite else TOY_FOLDER.parent / "public")
+
+
 def set_threads(threads, names):
     """Compute with so many threads. The toy world's tasks take one unless told otherwise: a second
     would only wait, and other numbers of threads add floats in another order."""
@@ -130,11 +135,8 @@ def with_per_memory(steering, path, device="cpu"):
 
 
 def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_bytes, bar):
-    """The model's responses to a list of examples, in their order.
-
-    how: "generate" decodes greedily. "choice" takes the allowed answer whose response is most
-    likely, which is fair to a model that has never seen the format of the answers.
-    """
+    """The model's responses to examples, in their order. how: "generate" decodes greedily; "choice"
+    takes the allowed answer whose response is most likely."""
     prompts = [tokenizer.encode(example.prompt, special=False) for example in examples]
     if how == "generate":
         outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
@@ -157,12 +159,9 @@ def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_byte
 
 
 def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_bytes=2 << 30):
-    """Score `examples` and write one JSON line per item to `path`; write their summary beside it,
-    as JSON, and return it.
-
-    Items are answered longest first, a few hundred at a time. They are kept in `path`.partial until
-    all are there, so that an interrupted evaluation with the same settings goes on.
-    """
+    """Score `examples`; write a JSON line per item to `path`, their summary beside it -> summary.
+    Items are answered longest first, and kept in `path`.partial until all are there, so that an
+    interrupted evaluation with the same settings goes on."""
     part, head = Path(f"{path}.partial"), json.dumps(settings, sort_keys=True) + "\n"
     items = answered_before(part, head)
     pending = [example for example in examples if example.index not in items]
@@ -196,7 +195,8 @@ def answered_before(part, head):
     items = {}
     for line in lines if first == head else ():
         try:
-            items[json.loads(line)["index"]] = json.loads(line)
+            item = json.loads(line)
+            items[item["index"]] = summarise([item]) and item
         except (ValueError, TypeError, KeyError):
             continue                   # a damaged line: its item is answered again
     return items
@@ -215,11 +215,8 @@ def summarise(items):
 def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", limit=None,
           max_new_tokens=None, steered=False, cache_gb=2.0, overwrite=False):
     """Summaries of the named tasks' test splits, in order. What was scored before with the same
-    settings is read, not scored again.
-
-    how: "generate", "choice" or None, which is each task's own way. Results go to `out`, or else to
-    FOLDER/eval. Raises BadInput.
-    """
+    settings is read. how: "generate", "choice" or None, which is each task's own way. Results go to
+    `out`, or else to FOLDER/eval. Raises BadInput."""
     tasks = {name: load_examples(data, name, "test") for name in names}
     for name, examples in tasks.items():
         if how == "choice" and (find(name).kind == "arithmetic" or not examples[0].choices):
@@ -269,6 +266,9 @@ def base_folder(out, model):
     """The folder beside the runs that holds their base model's scores, made and marked as such."""
     base = Path(out, f"{Path(model).resolve().name}-base")
     mark = {"model": str(model), "model_sha256": which_model(model), "base": True}
+    before = read_run(base)
+    if base.exists() and mark != {**before, "model": str(model)}:
+        raise BadInput(f"{base}: is not for this base model's scores; choose another --out")
     write_whole(base / "args.json", json.dumps(mark) + "\n")
     return base
 
@@ -281,8 +281,7 @@ def with_error(mean, error) -> str:
     return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def suite_of(name):
-    """The suite in which a task is reported: one of three in the toy world, itself elsewhere."""
+def suite_of(name):                    # where a task is reported: itself, but in the toy world
     return find(name).suite or name
 
 
@@ -291,7 +290,8 @@ def side_by_side(columns, detailed=False):
     suite and of its tasks, with its standard error over items. detailed: what else is known."""
     first = next(iter(columns.values()))
     width = max(16, *(len(title) + 2 for title in columns))
-    lines = [f"{'accuracy, %':<20}{'n':>6}{'chance':>8}" + "".join(title.rjust(width) for title in columns)
+    titles = "".join(title.rjust(width) for title in columns)
+    lines = [f"{'accuracy, %':<20}{'n':>6}{'chance':>8}{titles}"
              + f"{'strict':>9}{'unparsed':>10}" * detailed]
     for suite in dict.fromkeys(suite_of(summary["task"]) for summary in first):
         inside = [i for i, summary in enumerate(first) if suite_of(summary["task"]) == suite]
@@ -413,7 +413,7 @@ def main(argv=None):
         raise BadInput(f"{args.model}: --task says what to score this model on; without it, models "
                        "of the toy world are scored on its tasks")
     names = split_names(args.task or ",".join(TOY))
-    data = args.data or (TOY_FOLDER if find(names[0]).suite else TOY_FOLDER.parent / "public")
+    data = args.data or usual_data(names)
     set_threads(args.threads, names)
     if args.change:
         model, tokenizer = load(args.model, device=pick_device(args.device))

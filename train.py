@@ -29,7 +29,7 @@ from data.runs import (begin, claim, finish, load_state, peak_memory, read_run, 
 from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
 from eval import (PER_MEMORY, TOY_FOLDER, TOY_TRAINING, base_folder, change_line, check_finite,
                   keys_of, load, pick_device, score, set_threads, side_by_side, split_names,
-                  which_model, with_per_memory)
+                  usual_data, which_model, with_per_memory)
 from infosteer import GENERIC, METHODS, NORMALISATIONS, RANKINGS, Before, Steering, meaningful
 from model import Config, save_tensors
 
@@ -140,8 +140,8 @@ def read_settings(argv=None):
         parser.error(f"--model {args.model} needs --task and --data; without --model, a tiny model "
                      "learns the toy world's tasks")
     args.model = args.model or os.path.relpath(TOY_FOLDER / "llama")
-    args.data = args.data or os.path.relpath(TOY_FOLDER)
     args.task = args.task or TOY_TRAINING
+    args.data = args.data or usual_data(split_names(args.task))
     for name, value in (TOY if is_toy(args.model) else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -169,9 +169,8 @@ def run_folder(out, model, steering, seed):
 
 
 def parse_layers(text: str, n_layers: int) -> dict[int, dict[str, float]]:
-    """Layers, from 1, of a list of ranges, each perhaps with strengths of its own:
-    "1-2:alpha=2,4" -> {1: {"alpha": 2.0}, 2: {"alpha": 2.0}, 4: {}}. Raises ValueError outside
-    1..n_layers and for a layer with two strengths."""
+    """Layers of a list of ranges: "1-2:alpha=2,4" -> {1: {"alpha": 2.0}, 2: {"alpha": 2.0}, 4: {}}.
+    Raises ValueError outside 1..n_layers and for a layer with two strengths."""
     layers = {}
     for part in text.replace(" ", "").split(","):
         found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?((?::[a-z0-9_-]+=[-+.0-9e]+)*)", part)
@@ -464,15 +463,16 @@ def finished(args):
 
 def main(argv=None):
     args = read_settings(argv)
+    if compare := is_toy(args.model) and not args.train_only:
+        base = base_folder(Path(args.out).parent, args.model) / "eval"
     set_threads(args.threads, split_names(args.task))
     if finished(args):
         print(f"{args.out} is a finished run; --overwrite trains it again")
     else:
         train(args)
-    if args.train_only or not is_toy(args.model):
+    if not compare:
         flags = [f"--model={args.out}", f"--task={args.task}", f"--data={args.data}"]
         return print("next       " + shlex.join(["python", "eval.py", *flags]))
-    base = base_folder(Path(args.out).parent, args.model) / "eval"
     scores = {"base": score(args.model, TOY_TASKS, TOY_FOLDER, base, device=args.device),
               args.steering.name: score(args.out, TOY_TASKS, TOY_FOLDER, device=args.device)}
     print(f"\n{side_by_side(scores)}\n\n"

@@ -70,8 +70,8 @@ class Parser(argparse.ArgumentParser):
 def whole(text, least=0):
     """An argparse type: a whole number at or above 0."""
     if not text.isdecimal() or int(text) < least or len(text) > 18:
-        where = "above" if least else "at or above"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {where} 0 that fits")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number {'above' if least else 'at or above'} 0 that fits")
     return int(text)
 
 

@@ -202,8 +202,7 @@ def main(argv=None):
         + "".join(f"{rows:>8,} {split}" for split, rows in reversed(task.splits.items()))
         for task in tasks.KNOWN.values())
     parser = Parser(
-        prog="prepare.py",
-        description="Fetch the public files of the 15 tasks into DIR, and check every row.",
+        prog="prepare.py", description="Fetch the public files of the 15 tasks, and check every row.",
         epilog=f"""tasks, and their rows as published:
 {table}
   choice: a label is learned. arithmetic: a rationale, then a number (AQuA: a letter).

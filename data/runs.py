@@ -24,9 +24,8 @@ except ImportError:                    # Windows: no lock on a run, no peak memo
 WRITTEN = {"args.json", "log.jsonl", "state.pt", "per_memory.safetensors", "config.json",
            "model.safetensors", "pretraining.json", "eval", *FILES}
 SCORED = {".json", ".jsonl", ".partial", ".part", ".lock", ".safetensors"}         # in OUT/eval
-# What --resume may change: the run stays the same. Models and data are told apart by content.
 MACHINE = {"command", "model", "data", "device", "micro_tokens", "checkpoint", "compile", "threads",
-           "versions"}
+           "versions"}                 # what --resume may change: content tells models apart
 
 
 def read_run(folder) -> dict:
@@ -45,19 +44,18 @@ def same_run(settings, before, where):
 
 @contextmanager
 def locked(path, wait=False):
-    """Hold a lock file, which a process that dies lets go. Where another process holds it, wait, or
-    raise BadInput, which is also raised for a folder that cannot be written."""
+    """Hold a lock file, as long as this process lives; if another holds it, wait or raise BadInput."""
     while True:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a")     # what is not empty is somebody's, and no lock of ours
             if os.fstat(file.fileno()).st_size:
-                raise FileExistsError(0, "is no lock of a run")
+                raise FileExistsError(0, "is somebody's file and no lock")
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             why = ("another process is writing this run; wait until it is done"
-                   if isinstance(error, BlockingIOError) else f"{error.strerror}; move it")
-            raise BadInput(f"{path}: {why}, or choose another --out") from None
+                   if isinstance(error, BlockingIOError) else error.strerror)
+            raise BadInput(f"{path}: {why}; or choose another --out") from None
         if os.fstat(file.fileno()).st_nlink:                   # else its holder has just removed it
             break
     try:
@@ -97,6 +95,9 @@ def check_ours(folder):
     if others or not folder.is_dir() or born and "model" not in read_run(folder):
         raise BadInput(f"{folder}: holds {', '.join(others) or 'no args.json of a run'}, so it is "
                        "not a run of train.py alone and never replaced; choose another --out")
+    for lock in folder.glob("eval/*.lock"):                    # is somebody scoring this run?
+        with locked(lock):
+            pass
 
 
 def begin(work, settings, tokenizer, overwrite):

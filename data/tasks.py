@@ -2,19 +2,18 @@ r"""The 15 tasks: names, exact prompts, loading and checking of files, and scori
 
 A task's file is DIR/<task>/<split>.json in the layout of LLM-Adapters (Hu et al. 2023,
 github.com/AGI-Edgerunners/LLM-Adapters): a list of {"instruction", "input", "output", "answer"}.
-There are two kinds of task:
 
     choice        "... Answer format: true/false\n"   -> "the correct answer is true"
     arithmetic    "...\nAnswer the above question. First think ...\n"
                   -> "... 48+24 = 72\nThe final answer is: 72"
 
-Every response is scored twice. The comparable rule is that of the literature, so that numbers can
-be compared. The strict rule accepts an answer only where the response states it. Where they
-differ, read the responses.
+Every response is scored twice: by the rule of the literature, so that numbers can be compared, and
+by a strict one, which accepts only what the response states. Where they differ, read the responses.
 """
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +184,7 @@ TOY = {task.name: task for task in (
     # What the base model could do.
     _toy("toy-cloze", "cloze", "retention", 300),
     _toy("toy-famous", "cloze", "retention", 225),
-    _toy("toy-common", "cloze", "retention", 168),
-    _toy("toy-plain", "number", "retention", 200),
+    _toy("toy-common", "cloze", "retention", 168), _toy("toy-plain", "number", "retention", 200),
 )}
 
 
@@ -251,9 +249,9 @@ def load(data_dir, name: str, split: str) -> list[Example]:
         have = [known for known in {**KNOWN, **TOY} if (folder / known / path.name).is_file()]
         there = f"{folder} has {split} files for: {', '.join(have) or 'no task'}"
         there = there if folder.is_dir() else f"there is no folder {folder}"
-        command = "python data/world.py" if task.suite else f"python data/prepare.py {name}"
-        raise BadInput(f"{path} is missing ({there}); "
-                       f"make it with: {command} --out {folder}") from None
+        command = "world.py" if task.suite else f"prepare.py {name}"
+        raise BadInput(f"{path} is missing ({there}); make it with: python data/{command} --out "
+                       f"{shlex.quote(str(folder))}") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot read it ({error.strerror})") from None
 

@@ -10,7 +10,8 @@ run of train.py, in a folder of its own in --out. All runs have one recipe: ever
 that is not listed below goes to all of them. A flag of a steering, such as --p, --lam or --rank-by,
 goes to the arms for which it means something. Finished runs are not trained again, and interrupted
 ones go on. Then the base model and all runs are scored, on all tasks of the toy world, or on the
-named tasks.
+named tasks. Of a folder, --compare shows the runs of one recipe, scored alike: those of which there
+are most. It says which runs and scores it leaves out, and why.
 
 The tables:
     table1    none, int, reg: the main comparison
@@ -23,19 +24,23 @@ Where int stands in them, it is trained in both readings of eq. 4.
 """
 import contextlib
 import json
+import shlex
 import sys
 from argparse import SUPPRESS
 from dataclasses import replace
 from pathlib import Path
 
-from data import BadInput, Parser, command, positive, progress
+from data import BadInput, Parser, command, positive, progress, whole
+from data.runs import read_run, same_run
 from data.tasks import SUITES, TOY, find, load as load_examples
-from eval import read_run, score, set_threads, split_names
+from eval import score, set_threads, split_names
 from infosteer import GENERIC, METHODS, Steering, format_layers, meaningful
-from lab.stats import compare, comparison_table, find_runs, mean_and_error, suites_of
+from lab.page import visible
+from lab.stats import (compare, comparison_table, differences, find_runs, mean_and_error,
+                       recipe_of, suites_of)
 from model import Config
 from train import (STEERING_FLAGS, base_folder, finished, flag, read_settings, run_folder,
-                   train)
+                   settings_of, train)
 
 # --------------------------------------------------------------------------- the paper's tables
 
@@ -170,38 +175,50 @@ def runs_planned(arms, seeds, recipe, out):
             argv = [*recipe, *arm, "--seed", str(seed)]
             run = read_settings(argv)
             folder = run_folder(out, run.model, run.steering, seed)
-            goes_on = Path(f"{folder}.partial").exists() and not run.overwrite
-            runs.append(read_settings([*argv, "--out", str(folder), *["--resume"] * goes_on]))
+            runs.append(read_settings([*argv, "--out", str(folder)]))
     return runs
 
 
-def train_missing(runs):
-    """Train the runs that are not finished. Raises BadInput for runs of more than one recipe."""
-    missing = [run for run in runs if not finished(run)]
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished; "
-          f"{len(missing)} to train", file=sys.stderr)
+def runs_finished(runs):
+    """Those that need no training. Raises BadInput where another recipe has been begun."""
+    done = [run for run in runs if finished(run)]
+    check_one_recipe(done)
+    for run in runs:
+        if before := not run.overwrite and read_run(f"{run.out}.partial"):
+            same_run(settings_of(run) | {"precision": before.get("precision")}, before, run.out)
+    return done
+
+
+def train_missing(runs, done):
+    """Train the runs that are not among those done. Raises BadInput if the recipes differ."""
+    missing = [run for run in runs if run not in done]
+    print(f"{len(runs)} runs, {len(done)} of them finished; {len(missing)} to train",
+          file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):               # rows alone go to standard output
         for run in progress(missing, desc="runs", unit="run"):
-            train(run)
-    for key in ("data_sha256", "precision"):                   # which no flag determines
-        found = {read_run(run.out)[key]: run.out for run in runs}
-        if len(found) > 1:
-            raise BadInput(f"{' and '.join(found.values())} differ in {key}; runs that are "
-                           "compared need one recipe: --overwrite, or another --out")
+            if run.overwrite or not finished(run):             # another process may have trained it
+                run.resume = not run.overwrite and Path(f"{run.out}.partial").exists()
+                train(run)
+            check_one_recipe(done := [*done, run])
 
 
-def score_all(runs, out, tested, items):
-    """The accuracies of the runs and of their base model, as lab.stats.compare takes them."""
-    first, scored = runs[0], []
-    base = base_folder(out, first.model)
-    folders = [("base", None, first.model, base / "eval")]
-    folders += [(run.steering.name, run.seed, run.out, None) for run in runs]
-    for arm, seed, folder, where in progress(folders, desc="scoring", unit="model"):
-        summaries = score(folder, tested, first.data, where, device=first.device, limit=items,
-                          overwrite=first.overwrite)
-        scored.append({"model": first.model, "arm": arm, "seed": seed,
-                       "scores": {one["task"]: one["accuracy"] for one in summaries}})
-    return scored
+def check_one_recipe(runs):
+    """Raises BadInput for finished runs that differ in more than arm and seed: the data and the
+    precision are not determined by flags alone."""
+    for run in runs:
+        mine, first = (recipe_of(read_run(one.out)) for one in (run, runs[0]))
+        if mine != first:
+            raise BadInput(f"{run.out}: another recipe than {runs[0].out}, "
+                           f"{differences(mine, first)}; --overwrite trains all of them again, "
+                           "another --out keeps them")
+
+
+def scores_of(arm, seed, run, tested, items, folder, where=None):
+    """The accuracies of a run or a base model in `folder`, as lab.stats.compare takes them."""
+    summaries = score(folder, tested, run.data, where, device=run.device, limit=items,
+                      overwrite=run.overwrite)
+    return {"model": run.model, "arm": arm, "seed": seed,
+            "scores": {one["task"]: one["accuracy"] for one in summaries}}
 
 
 # --------------------------------------------------------------------------------------- command
@@ -213,8 +230,8 @@ def make_parser():
                     epilog="python train.py --help explains the flags of recipe and steering.")
     add = parser.add_argument
     add("--steer", nargs="+", choices=METHODS, help="the arms, without a table")
-    add("--seed", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--out", default="out", metavar="DIR", help="the folder of the runs (default: out)")
+    add("--seed", type=whole, nargs="+", help="(default: 0 1 2)")
+    add("--out", metavar="DIR", help="the folder of the runs (default: out)")
     add("--items", type=positive, metavar="N", help="score the first N items of each task only")
     add("--compare", metavar="DIR", help="train nothing: compare the scored runs in a folder")
     add("--json", action="store_true", help="print the rows as JSON: accuracies as shares of one")
@@ -235,8 +252,10 @@ def main(argv=None):
         if len(set(vars(args)[name] or ())) < len(vars(args)[name] or ()):
             parser.error(f"--{name} names something twice")
     if args.compare:
-        if recipe:
-            parser.error(f"--compare trains nothing, so {recipe[0]} means nothing")
+        given = [flag(name) for name in ("seed", "out", "items", *STEERING_FLAGS)
+                 if vars(args)[name] is not None]
+        if given or recipe:
+            parser.error(f"--compare trains nothing, so {[*given, *recipe][0]} means nothing")
         rows, paper = compare(find_runs(args.compare)), {}
     else:
         rows, paper = experiment(parser, args, table, recipe)
@@ -248,7 +267,8 @@ def main(argv=None):
         print(f"The paper: {SOURCES[table]}.\nIts models and tasks are others: compare signs, not "
               "sizes.")
     if not args.items:
-        print(f"\nnext       python -m lab.report {args.compare or args.out}")
+        folder = shlex.quote(args.compare or args.out or "out")
+        print(f"\nnext       python -m lab.report {visible(folder)}")
 
 
 def experiment(parser, args, table, recipe):
@@ -267,9 +287,15 @@ def experiment(parser, args, table, recipe):
         paper = figures(table, pairs, suites)
     else:
         arms, paper = arms_asked(parser, args), {}
-    runs = runs_planned(arms, args.seed, recipe, args.out)
-    train_missing(runs)
-    return compare(score_all(runs, args.out, tested, args.items), suites), paper
+    out = args.out or "out"
+    runs = runs_planned(arms, args.seed or [0, 1, 2], recipe, out)
+    done = runs_finished(runs)
+    base = base_folder(out, plain.model) / "eval"              # what is wrong with it shows first
+    scored = [scores_of("base", None, runs[0], tested, args.items, plain.model, base)]
+    train_missing(runs, done)
+    for run in progress(runs, desc="scoring", unit="model"):
+        scored.append(scores_of(run.steering.name, run.seed, run, tested, args.items, run.out))
+    return compare(scored, suites), paper
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from data.tasks import TASKS, TOY, find, load as load_examples
 from eval import TOY_FOLDER, load, pick_device, read_run, set_threads, split_names, steering_from
 from infosteer import Steering
 from lab import page
-from lab.stats import clustered_mean, grouped_correlation, runs_from, terciles
+from lab.stats import (alike, clustered_mean, grouped_correlation, left_out, recipe_of, runs_from,
+                       terciles)
 from lab.words import CLASSES, TITLES, token_classes
 
 SHOWN, KEPT = 3, 10                    # items in the terminal; items in --json and --html
@@ -142,23 +143,30 @@ def arm_of(folder):
     return steering.name, settings.get("seed")
 
 
-def first_runs(folder, base):
-    """Of the finished runs in a folder that began with the model `base`, the first seed of each
-    arm, plain fine-tuning first -> [path of a run]."""
+def first_runs(runs):
+    """Of runs, as runs_from gives them, the first seed of each arm -> {arm: the run's folder}."""
     found = {}
-    for arm, _, run in runs_from(folder, base):
-        found.setdefault(arm, str(run))
-    return list(found.values())
+    for run in runs:
+        found.setdefault(run["arm"], str(run["folder"]))
+    return found
 
 
-def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache_bytes=2 << 30):
+def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache_bytes=2 << 30,
+            say=None):
     """The flux of several models on the same `items` of `measure_flux`. -> {"settings", "models"}:
-    each model has what `flux_numbers` says and, of the first KEPT items, the tokens "shown"."""
+    each model has what `flux_numbers` says and, of the first KEPT items, the tokens "shown". With
+    `say`, a model behind the first that cannot be loaded is left out, with a line."""
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     (arms, seeds), models = zip(*map(arm_of, folders)), []
     for folder, arm, seed in zip(folders, arms, seeds):
-        model, tokenizer = load(folder, getattr(torch, dtype), device)
+        try:
+            model, tokenizer = load(folder, getattr(torch, dtype), device)
+        except BadInput as error:
+            if not (say and models):
+                raise
+            say(error)
+            continue
         measured = measure_flux(model, tokenizer, items, max_new_tokens, cache_bytes)
         numbers, texts = flux_numbers(measured), set()
         for item in measured:
@@ -273,7 +281,11 @@ def main(argv=None):
     if args.runs and not Path(args.runs).is_dir():
         raise BadInput(f"--runs {args.runs}: no such folder; python train.py makes runs")
     base = os.path.relpath(TOY_FOLDER / "llama")
-    folders = args.model or [base, *first_runs(args.runs or "out", base)]
+    folders = args.model or [base, *first_runs(runs_from(args.runs or "out", base)).values()]
+    _, others = alike((folder, recipe_of(read_run(folder))) for folder in args.model or ()
+                      if arm_of(folder)[0] != "base")
+    for words, found in others.items():
+        print(BadInput(f"note: {', '.join(found)}: another recipe, {words}"), file=sys.stderr)
     names = [] if args.text is not None else split_names(args.task or "toy-sums")
     data = args.data or os.path.relpath(TOY_FOLDER)
     items = [("", args.text)] if args.text is not None else [
@@ -282,7 +294,7 @@ def main(argv=None):
     longest = args.max_new_tokens or max([32, *(find(name).max_new_tokens for name in names)])
     set_threads(args.threads, names)
     result = flux_of(folders, items, longest, pick_device(args.device), args.dtype,
-                     int(args.cache_gb * 2**30))
+                     int(args.cache_gb * 2**30), say=None if args.model else left_out)
     result["settings"] |= {"text": args.text, "task": names, "data": data if names else None}
     if args.html:
         write_whole(args.html, page.document("Information flux", flux_subject(result["settings"]),

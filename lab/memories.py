@@ -16,11 +16,13 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from data import BadInput, Parser, command, positive, progress
+from data.runs import locked
 from data.tasks import find, load as load_examples
 from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_threads, split_names,
                   which_model)
@@ -41,6 +43,19 @@ INDEX, TRIGGERS = "memories.safetensors", "memory_triggers.safetensors"
 # ------------------------------------------------------- what is found out once and then kept
 # The index is made layer by layer, the triggers text by text. Each file is written whole after each
 # step, so an interrupted pass goes on where it stopped. Each file names what it was made from.
+
+
+@contextmanager
+def alone_in(folder):
+    """Hold a folder in which results are kept: other processes wait, and find them then. Raises
+    BadInput where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "memories.lock", wait=True):
+            yield
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot keep results there ({error}); --out names another "
+                       "folder") from None
 
 
 @torch.inference_mode()
@@ -144,7 +159,8 @@ def resume(path, about, overwrite, fresh):
     try:
         kept, found = read_tensors(path)
     except BadInput:
-        raise BadInput(f"{path}: this file is damaged; --overwrite makes it again") from None
+        raise BadInput(f"{path}: this file is damaged; delete it, or python -m lab.memories "
+                       "--overwrite makes it again") from None
     if found.get("kind") != about["kind"]:
         raise BadInput(f"{path}: this is no {about['kind']}; --out puts ours into another folder, "
                        "--overwrite replaces this file")
@@ -356,8 +372,8 @@ Decoding every memory and reading the texts takes long, so both are done once an
     add("--out", metavar="DIR", help="where results are kept (default: MODEL/eval)")
     add("--overwrite", action="store_true", help="make the kept results again")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of the weights (default: float32; bfloat16 takes half the memory)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the weights (default: as they are stored)")
     add("--threads", type=positive, metavar="N",
         help="threads on a CPU (default: 1 for the toy world's tasks, else PyTorch's)")
     add("--json", action="store_true", help="print JSON")
@@ -366,7 +382,9 @@ Decoding every memory and reading the texts takes long, so both are done once an
     names = split_names(args.task)
     set_threads(args.threads, names)
     examples = development_examples(names, args.data, args.items)
-    model, tokenizer = load(args.model, getattr(torch, args.dtype), pick_device(args.device))
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)       # None: as stored
+    model, tokenizer = load(args.model, dtype, pick_device(args.device))
+    model.to(model.embed.weight.dtype)                         # a folder may hold several
     texts = [ids for ids, _ in encode(examples, tokenizer, LONGEST)]
     L, d_m, V = model.config.n_layers, model.config.d_m, model.config.vocab_size
     token = None if args.token is None else single_token(args.token, tokenizer)
@@ -377,10 +395,11 @@ Decoding every memory and reading the texts takes long, so both are done once an
                        f"{L}, each with the memories 0 to {d_m - 1}")
 
     sha, out = which_model(args.model), Path(args.out or Path(args.model, "eval"))
-    if not args.index:
-        index = memory_index(model, sha, out / INDEX, args.overwrite)
-    if token is None:
-        triggers = memory_triggers(model, sha, texts, out / TRIGGERS, args.overwrite)
+    with alone_in(out):
+        if not args.index:
+            index = memory_index(model, sha, out / INDEX, args.overwrite)
+        if token is None:
+            triggers = memory_triggers(model, sha, texts, out / TRIGGERS, args.overwrite)
     if token is not None:
         found, text = token_search(model, tokenizer, token, index), token_search_text
     elif args.index:

@@ -17,8 +17,8 @@ import torch
 from data import BadInput, Parser, command, positive, progress
 from data.tasks import load as load_examples
 from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_threads, split_names)
-from lab.page import columns
-from lab.stats import runs_from, with_error
+from lab.page import columns, visible
+from lab.stats import left_out, runs_from, with_error
 
 REGIONS = ("low", "middle", "high")
 SAMPLE = 2**22                         # coefficients of a layer are enough for a percentile
@@ -50,18 +50,15 @@ def percentiles(model, texts):
     return torch.stack([torch.stack([k.abs().quantile(ends), k.quantile(ends)]) for k in layers])
 
 
-def regions_of(model, runs_folder, task_names, data, n, device):
-    """The regions of a base model, given by its folder, and of its runs in another folder, on the
-    prompts and correct responses of n test items of the tasks. Raises BadInput for no run.
+def regions_of(model, runs, task_names, data, n, device, say=left_out):
+    """The regions of a base model, given by its folder, and of its runs, as runs_from gives them,
+    on the prompts and correct responses of n test items of the tasks. A run that cannot be loaded
+    is taken out of `runs`, with a line.
 
     -> {"model", "tasks", "texts", "tokens", "cuts", "arms"}. Each arm has shares [2, 3] over all
     layers ("mean", "standard_error", "by_seed") and shares [n_layers, 2, 3] ("layers",
     "layers_standard_error"), as lists. An error is None for one seed.
     """
-    runs = runs_from(runs_folder, model)
-    if not runs:
-        raise BadInput(f"--runs {runs_folder}: no finished run of train.py that began with {model};"
-                       " python -m lab.experiment --steer none int reg makes some")
     base, tokenizer = load(model, device=device)
     each = max(1, n // len(task_names))
     examples = [example for name in task_names
@@ -70,9 +67,14 @@ def regions_of(model, runs_folder, task_names, data, n, device):
              + tokenizer.encode(example.response, bos=False, special=False) for example in examples]
     shares, cuts = key_regions(base, texts)
     arms = {"base": {None: shares}}
-    for arm, seed, folder in progress(runs, desc="key regions", unit="model"):
-        run, _ = load(folder, device=device)
-        arms.setdefault(arm, {})[seed], _ = key_regions(run, texts, cuts)
+    for run in progress(runs[:], desc="key regions", unit="model"):
+        try:
+            tuned, _ = load(run["folder"], device=device)
+        except BadInput as error:
+            say(error)
+            runs.remove(run)
+        else:
+            arms.setdefault(run["arm"], {})[run["seed"]], _ = key_regions(tuned, texts, cuts)
     return {"model": str(model), "tasks": task_names, "texts": len(texts),
             "tokens": sum(map(len, texts)), "cuts": cuts.tolist(),
             "arms": {arm: over_seeds(by_seed) for arm, by_seed in arms.items()}}
@@ -92,7 +94,7 @@ def over_seeds(by_seed):
 
 
 def regions_text(result, per_layer=False):
-    parts = [f"{result['model']}: share of the key coefficients in the base model's regions, in %\n"
+    parts = [f"{visible(result['model'])}: share of the key coefficients in the base model's regions, in %\n"
              f"mean over layers ± standard error over seeds; {result['texts']} test items of "
              f"{', '.join(result['tasks'])}"]
     for reading, title in enumerate(("|k|: low is idle", "k: low is strongly negative")):
@@ -129,8 +131,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     names = split_names(args.task)
     set_threads(args.threads, names)
-    result = regions_of(args.model, args.runs, names, args.data, args.items,
-                        pick_device(args.device))
+    runs = runs_from(args.runs, args.model)
+    if not runs:
+        raise BadInput(f"--runs {args.runs}: no finished run of train.py that began with "
+                       f"{args.model}; python -m lab.experiment --steer none int reg makes some")
+    result = regions_of(args.model, runs, names, args.data, args.items, pick_device(args.device))
     print(json.dumps(result, indent=2) if args.json else regions_text(result, args.per_layer))
 
 

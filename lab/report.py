@@ -7,23 +7,38 @@ regions, information flux, and the memories of the base model.
 """
 import json
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from data import BadInput, Parser, command, positive, write_whole
 from data.tasks import find, load as load_examples
 from eval import load, pick_device, set_threads, split_names, steering_from, which_model
 from lab import page
-from lab.flux import arm_of, first_runs, flux_of, flux_sections
-from lab.memories import INDEX, LISTED, describe, memory_index, row_of
+from lab.flux import first_runs, flux_of, flux_sections
+from lab.memories import INDEX, LISTED, alone_in, describe, memory_index, row_of
 from lab.regions import REGIONS, regions_of
-from lab.stats import (FOOTNOTE, NOT_SHOWN, accuracy_lines, compare, find_runs, interval,
-                       plain_first, points, suites_of)
+from lab.stats import (FOOTNOTE, NOT_SHOWN, accuracy_lines, compare, find_runs, interval, left_out,
+                       points, suites_of)
 
 ITEMS = 60                             # test items whose tokens are looked at
 MOST_CURVES, MOST_MODELS = 20, 6       # curves in a chart, fine-tuned models whose flux is shown
 SHOWN = 3                              # items whose tokens are shown
+CURVES = {"lm_loss": "loss of the language model, nats per token",
+          "flux": "information flux (key entropy), nats"}
 INTRO = """InfoSteer steers how much of its feed-forward memory a language model uses while it is
 fine-tuned. This page shows the runs in {}: what was done, what came out, and how sure that is."""
+
+
+
+class Notes(list):
+    """What is left out of a page, and why: each is said once, and kept for the page."""
+
+    def __call__(self, text):
+        if str(text) not in self:
+            self.append(str(text))
+            left_out(text)
+
 
 # ----------------------------------------------------------------------------------- claims
 
@@ -49,6 +64,11 @@ def verdict(low, high, sign=1):
     return AS_CLAIMED if (low > 0) == (sign > 0) else OPPOSITE
 
 
+def method_of(arm):
+    """The method of an arm; "" for one that repeats another, whose name ends with its folder's."""
+    return "" if " " in arm else arm.partition("-")[0]
+
+
 def claims(rows, regions, flux):
     """What the paper claims, and every comparison of ours with it: [[claim, where, difference,
     verdict]]. rows: of `compare`; regions, flux: of regions_of and flux_of, or None."""
@@ -59,13 +79,13 @@ def claims(rows, regions, flux):
 
     for method, claim in BEATS.items():
         for row in rows:
-            if row["arm"].partition("-")[0] == method and row["difference"] is not None:
+            if method_of(row["arm"]) == method and row["difference"] is not None:
                 add(claim, f"{row['arm']}, {row['suite']}", row["difference"],
                     *(row["interval"] or (None, None)))
     arms = {arm: of["by_seed"] for arm, of in regions["arms"].items()} if regions else {}
     for method, region, sign, claim in MOVES:
         for arm in arms:
-            if arm.partition("-")[0] != method:
+            if method_of(arm) != method:
                 continue
             for against in ("base", "none")[:1 if method == "none" else 2]:
                 pairs = [(mine, arms.get(against, {}).get(None if against == "base" else seed))
@@ -124,6 +144,8 @@ def runs_section(trained):
 
 
 def accuracy_chart(rows, note=""):
+    if not rows:
+        return page.paragraph(page.NOTHING)
     found = {(row["arm"], row["suite"]): as_bar(row["mean"], row["standard_error"]) for row in rows}
     arms, suites = (dict.fromkeys(names) for names in zip(*found))
     series = {arm: [found.get((arm, suite)) for suite in suites] for arm in arms}
@@ -136,24 +158,30 @@ def as_bar(mean, error):
 
 
 def read_log(run):
-    """The lines of a run's log. Raises BadInput."""
+    """[(step, loss, flux)] of a run's log. Raises BadInput."""
     path = run["folder"] / "log.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise BadInput(f"{path}: not a log of train.py ({error})") from None
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [tuple(float(line[key]) for key in ("step", *CURVES)) for line in lines]
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise BadInput(f"{path}: not a whole log of train.py ({error}), so there is no curve of "
+                       "this run") from None
 
 
-def training_section(trained):
+def training_section(trained, notes):
     drawn, note = trained, ""
     if len(trained) > MOST_CURVES:
         drawn = list({run["arm"]: run for run in reversed(trained)}.values())[::-1][:MOST_CURVES]
         note = f"the first seed of each arm; {len(trained)} runs in all"
-    logs = {f"{run['arm']} seed {run['seed']}": read_log(run) for run in drawn}
-    return "".join(page.curves({name: [(line["step"], line[key]) for line in log]
+    logs = {}
+    for run in drawn:
+        try:
+            logs[f"{run['arm']} seed {run['seed']}"] = read_log(run)
+        except BadInput as error:
+            notes(error)
+    return "".join(page.curves({name: [(line[0], line[i]) for line in log]
                                 for name, log in logs.items()}, "step", label, note=note)
-                   for key, label in (("lm_loss", "loss of the language model, nats per token"),
-                                      ("flux", "information flux (key entropy), nats")))
+                   for i, label in enumerate(CURVES.values(), 1))
 
 
 def regions_section(regions):
@@ -170,7 +198,8 @@ def regions_section(regions):
 def specific_memories(model, device, path):
     """The most specific memories of each layer of the base model."""
     base, tokenizer = load(model, device=device)
-    index = memory_index(base, which_model(model), path)
+    with alone_in(path.parent):
+        index = memory_index(base, which_model(model), path)
     V, rows = base.config.vocab_size, []
     for layer, entropies in enumerate(index["entropy"]):                       # [d_m]
         for memory in entropies.argsort()[:LISTED].tolist():
@@ -180,29 +209,41 @@ def specific_memories(model, device, path):
         "says one token only. python -m lab.memories shows more."))
 
 
-def memory_sections(model, folder, names, data, device):
-    """What memories do in a base model and in its runs -> regions, flux, [(heading, HTML)]."""
-    regions = regions_of(model, folder, names, data, ITEMS, device)
-    known = ("none", "int", "int-value", "reg")                # these arms come first
-    first = sorted(first_runs(folder, model), key=lambda run: arm_of(run)[0] not in known)
+def base_of(runs):
+    """Where the model is that these runs began with, or None."""
+    for path in dict.fromkeys(run["settings"]["model"] for run in runs):
+        with suppress(BadInput, OSError):
+            if which_model(path) == runs[0]["model_sha256"]:
+                return path
+
+
+def memory_sections(model, folder, runs, names, data, device, notes):
+    """What memories do in a base model and in its runs -> regions, flux, [(heading, HTML)]. Raises
+    BadInput."""
+    regions = regions_of(model, runs, names, data, ITEMS, device, notes)
+    known, found = ("none", "int", "int-value", "reg"), first_runs(runs)
+    first = [found[arm] for arm in sorted(found, key=lambda arm: arm not in known)]
     items = [(example.prompt, None) for name in names for example in
              load_examples(data, name, "test")[:max(1, ITEMS // len(names))]]
     flux = flux_of([model, *first[:MOST_MODELS]], items,
-                   max(find(name).max_new_tokens for name in names), device)
+                   max(find(name).max_new_tokens for name in names), device, say=notes)
     flux["settings"] |= {"task": names, "data": data}
     for seen in flux["models"]:
         seen["shown"] = seen["shown"][:SHOWN]
+    sections = [("Key regions (the paper's Fig. 4)", regions_section(regions)),
+                *flux_sections(flux)]
     index = Path(folder, f"{Path(model).resolve().name}-base", INDEX)
-    return regions, flux, [
-        ("Key regions (the paper's Fig. 4)", regions_section(regions)), *flux_sections(flux),
-        ("The most specific memories", specific_memories(model, device, index))]
+    try:
+        sections.append(("The most specific memories", specific_memories(model, device, index)))
+    except BadInput as error:          # it is damaged, or cannot be written
+        notes(error)
+    return regions, flux, sections
 
 
-def sections_of(model, folder, runs, device):
+def sections_of(folder, runs, device, notes):
     """The sections about one base model: [(heading, HTML)]. runs: those of `find_runs` that began
     with it, and itself."""
-    trained = [run for run in runs if run["arm"] != "base"]
-    trained.sort(key=lambda run: (plain_first(run["arm"]), run["arm"], run["seed"]))
+    trained, model = [run for run in runs if "seed" in run["settings"]], base_of(runs)
     rows, tasks = compare(runs), {task for run in runs for task in run["scores"]}
     singles = {task: [task] for tasks in suites_of(tasks).values() for task in tasks}
     sections = [
@@ -212,28 +253,34 @@ def sections_of(model, folder, runs, device):
     regions = flux = None
     if trained:
         sections = [("What was run", runs_section(trained)), *sections,
-                    ("Training", training_section(trained))]
-    if trained and Path(model).is_dir() and which_model(model) == runs[0]["model_sha256"]:
+                    ("Training", training_section(trained, notes))]
+    try:
+        if not model or not trained:
+            raise BadInput("there is no fine-tuned run" if model else "the model that these runs "
+                           f"began with is not at {runs[0]['settings']['model']}")
         of = trained[0]["settings"]
-        names = [name for name in split_names(of["task"]) if "test" in find(name).splits]
-        regions, flux, more = memory_sections(model, folder, names or list(singles), of["data"],
-                                              device)
+        names = [name for name in split_names(str(of.get("task"))) if "test" in find(name).splits]
+        regions, flux, more = memory_sections(model, folder, trained, names or list(singles),
+                                              of.get("data", ""), device, notes)
         sections += more
-    else:
-        sections.append(("Memories", page.paragraph(
-            f"The model that these runs began with is not at {model}, so what memories do cannot "
-            "be shown.")))
+    except BadInput as error:
+        sections.append(("Memories", page.paragraph(f"What memories do cannot be shown: {error}.")))
     found = claims_section(claims(rows, regions, flux))
     return [*sections[:1], ("What the paper claims, and what is seen here", found), *sections[1:]]
 
 
-def report(folder, runs, device="cpu"):
-    """The page, as text, about the runs that `find_runs` found in a folder. Raises BadInput."""
+def report(folder, runs, device="cpu", notes=None):
+    """The page, as text, about the runs that `find_runs` found in a folder. What is left out of it
+    goes to `notes` and stands in front."""
+    notes = Notes() if notes is None else notes
     sections, models = [], list(dict.fromkeys(run["model"] for run in runs))
     for title in models:
         ours = [run for run in runs if run["model"] == title]
-        for heading, body in sections_of(ours[0]["settings"]["model"], folder, ours, device):
+        for heading, body in sections_of(folder, ours, device, notes):
             sections.append((f"{title}: {heading}" if len(models) > 1 else heading, body))
+    if notes:
+        sections.insert(0, ("Left out of this page", page.table(["what, and why"], [
+            [note] for note in notes])))
     intro = " ".join(INTRO.split()).format(folder)
     return page.document("InfoSteer: what came out", intro, sections)
 
@@ -241,16 +288,20 @@ def report(folder, runs, device="cpu"):
 def main(argv=None):
     parser = Parser(prog="python -m lab.report", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a folder of scored runs of train.py")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: DIR/report.html)")
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--threads", type=positive, metavar="N",
                         help="threads on a CPU (default: 1 for the toy world's tasks, else "
                         "PyTorch's)")
     args = parser.parse_args(argv)
-    runs, out = find_runs(args.folder), Path(args.folder, "report.html")
+    out, notes = Path(args.out or Path(args.folder, "report.html")), Notes()
+    runs = find_runs(args.folder, notes)
+    if out.is_dir() or not os.access(out.parent, os.W_OK):     # now, not after minutes
+        raise BadInput(f"{out}: cannot be written; --out names a file in another folder")
     set_threads(args.threads, {task for run in runs for task in run["scores"]})
-    write_whole(out, report(args.folder, runs, pick_device(args.device)))
-    print(f"{out}: open it in a browser")
+    write_whole(out, report(args.folder, runs, pick_device(args.device), notes))
+    print(f"{page.visible(out)}: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ step      seconds of forward, backward, clipping and AdamW on 64 sequences, as i
 memory    MiB at the peak of a step on top of weights, gradients and AdamW's moments, and of a
           forward pass of 4 sequences. On a CPU the profiler finds it, which sees every tensor.
 decode    seconds to answer 64 prompts, token by token
-load      seconds of from_pretrained: a bf16 file, read as fp32
+load      seconds of processor time of from_pretrained: a bf16 file, read as fp32
 growth    a step with longer rows, or more of them: the time per FLOP relative to the first, and the
           bytes for each token of a micro-batch and each of its key coefficients
 
@@ -188,7 +188,8 @@ class Peer:
 # ------------------------------------------------------------------------------- measuring
 
 
-def in_turns(args, add, part, works, to=lambda name: "peer", size=lambda name: (0, 1)):
+def in_turns(args, add, part, works, to=lambda name: "peer", size=lambda name: (0, 1),
+             clock=time.perf_counter):
     """Time {name: function of the turn}. Each turn has another order, since what ran before is
     felt. to(name) is what a work is compared with, and size(name) its tokens and FLOPs."""
     seconds = {name: [] for name in works}
@@ -197,10 +198,10 @@ def in_turns(args, add, part, works, to=lambda name: "peer", size=lambda name: (
         for turn in range(args.turns + 1):
             for name in random.Random(turn).sample([*works], len(works)):
                 wait()
-                began = time.perf_counter()
+                began = clock()
                 works[name](turn)
                 wait()
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
                 bar.update()
     for name in works:
         other = to(name) if to(name) in works and to(name) != name else None
@@ -333,7 +334,7 @@ def measure_loading(args, add, raw):
             transformers.logging.disable_progress_bar()
             works["peer"] = lambda turn: transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32)
-        in_turns(args, add, "load", works)
+        in_turns(args, add, "load", works, clock=time.process_time)
 
 
 def measure_growth(args, add, raw):

@@ -95,12 +95,14 @@ def grouped_correlation(x, y, group, text):
 
 # An arm is a steering. What is neither the arm, nor the seed, nor the machine is the recipe.
 NO_RECIPE = MACHINE | {"steering", "seed"}
+PLAIN = str, int, float, bool, type(None)
+KINDS = {"model": [str], "model_sha256": [str], "steering": [dict], "versions": [dict]}
 SCORED_BY = ("items_sha256", "n", "score", "dtype", "max_new_tokens", "steered")
 
 
 def left_out(text):
     """Say on standard error what has no part in what is shown."""
-    print(f"left out: {BadInput(text)}", file=sys.stderr)
+    print(f"left out: {BadInput(str(text))}", file=sys.stderr)
 
 
 def recipe_of(settings):
@@ -157,11 +159,10 @@ def describe(path, settings):
     base = settings.get("base") is True
     if not base and "steering" not in settings:
         return []
-    for name in {**settings, **dict.fromkeys(("model", "model_sha256", *["seed"] * (not base)))}:
-        kinds = {"model": str, "model_sha256": str, "seed": int, "steering": dict, "versions": dict}
-        value, kind = settings.get(name), kinds.get(name, (str, int, float, type(None)))
-        if not isinstance(value, kind) and not (base and name == "seed") or (
-                name == "seed" and isinstance(value, bool)):
+    kinds = KINDS if base else {**KINDS, "seed": [int]}
+    for name, value in {"model": None, "model_sha256": None, **({} if base else {"seed": None}),
+                        **settings}.items():
+        if type(value) not in kinds.get(name, PLAIN):
             raise BadInput(f"{path}: {name} is {value!r}, which train.py does not write; if an "
                            "older one made this run, train it again")
     arm = "base" if base else steering_from(settings["steering"], path).name
@@ -223,7 +224,7 @@ def like_scores(runs, say=left_out):
         if lacking := [of for of in here if of not in scored]:
             said.setdefault(("no score", *lacking), []).append(task)
     for (words, *folders), tasks in said.items():
-        say(f"{', '.join(str(of / 'eval') for of in folders)}: {words}, of {', '.join(tasks)}")
+        say(f"{', '.join(str(of / 'eval') for of in folders)}: {', '.join(tasks)}: {words}")
 
 
 def runs_from(folder, model, say=left_out):
@@ -242,7 +243,7 @@ def find_runs(folder, say=left_out):
     runs = comparable([run for run in scan(folder, say) if run["scores"]], say)
     if not runs:
         raise BadInput(f"{folder}: no scored run in it; " + (
-            f"it is a run itself, so give the folder it lies in" if Path(folder, "args.json").exists()
+            "it is a run itself, so give the folder it lies in" if Path(folder, "args.json").exists()
             else "python train.py --steer reg makes one"))
     titles = {}
     for ours in of_models(runs):
