@@ -47,9 +47,9 @@ def load(folder, dtype=torch.float32, device="cpu"):
 
 
 def check_finite(model, where):
-    """Raises BadInput if a weight is not a number, or infinite."""
+    """Raises BadInput if a weight is not a number, or if it or its square is infinite."""
     for name, weight in model.named_parameters():
-        if not torch.stack(weight.detach().aminmax()).isfinite().all():
+        if not torch.stack(weight.detach().aminmax()).float().square().isfinite().all():
             raise BadInput(f"{where}: {name} is not finite; if training made it, lower --lr")
 
 
@@ -191,8 +191,8 @@ def answered_before(part, head):
     """The items that an interrupted evaluation of the same settings has left: {index: item}."""
     if not part.is_file():
         return {}
-    first, *lines = part.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    items = {}
+    text, items = part.read_text(encoding="utf-8", errors="replace"), {}
+    first, *lines = text.splitlines(keepends=True) or [""]
     for line in lines if first == head else ():
         try:
             item = json.loads(line)
@@ -266,10 +266,11 @@ def base_folder(out, model):
     """The folder beside the runs that holds their base model's scores, made and marked as such."""
     base = Path(out, f"{Path(model).resolve().name}-base")
     mark = {"model": str(model), "model_sha256": which_model(model), "base": True}
-    before = read_run(base)
-    if base.exists() and mark != {**before, "model": str(model)}:
-        raise BadInput(f"{base}: is not for this base model's scores; choose another --out")
-    write_whole(base / "args.json", json.dumps(mark) + "\n")
+    with locked(f"{base}.lock", wait=True):
+        before = read_run(base)
+        if [*base.glob("[!a]*"), *before] and mark != {**before, "model": str(model)}:
+            raise BadInput(f"{base}: is not for this base model's scores; choose another --out")
+        write_whole(base / "args.json", json.dumps(mark) + "\n")
     return base
 
 
@@ -337,8 +338,7 @@ class Watch:
 
 @torch.inference_mode()
 def keys_of(model, texts, steering=Steering()):
-    """Run the model on lists of ids, one at a time -> for each of them the key coefficients
-    [T, d_m] of every layer, as a list. `steering` changes them first, if it changes any."""
+    """Lists of ids, read one at a time -> for each k [T, d_m] of every layer, steered, in a list."""
     for ids in texts:
         keys = []
         tokens = torch.tensor([ids], device=model.embed.weight.device)             # [1, T]

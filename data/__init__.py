@@ -48,8 +48,11 @@ def write_whole(path, text):
     """Write a text file so that it is there completely or not at all; its folder is made."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "w", encoding="utf-8", newline="\n") as file:      # the same bytes everywhere
-        file.write(text)
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:  # the same bytes everywhere
+            file.write(text)
+    except OSError as error:           # a full disk names no file
+        raise OSError(f"{part}: {error.strerror}") from None
     os.replace(part, path)
 
 
@@ -69,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole(text, least=0):
     """An argparse type: a whole number at or above 0."""
-    if not text.isdecimal() or int(text) < least or len(text) > 18:
+    if not text.isdecimal() or len(text) > 12 or int(text) < least:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number {'above' if least else 'at or above'} 0 that fits")
     return int(text)
@@ -108,9 +111,8 @@ def command(main):
     except (BadInput, OSError) as error:
         problem = " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError on a GPU, and what PyTorch says on a CPU
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and (
-                "can't allocate memory" not in str(error)):
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+                or "can't allocate memory" in str(error)):     # so PyTorch says on a CPU
             raise
         problem = ("out of memory; first lower --micro-tokens (training), or --cache-gb or "
                    "--max-new-tokens (evaluation), then add --checkpoint (training)")

@@ -140,8 +140,7 @@ def put(task, split, final, get, label, recorded):
         try:
             return check(final.read_bytes(), final, task, split, recorded), "in place"
         except BadInput as error:
-            raise BadInput(f"{error}; delete it, or choose another --out, "
-                           "then run this again") from None
+            raise BadInput(f"{error}; delete it, or choose another --out") from None
     found = get(task, split, label)
     if found is None:
         return None
@@ -202,7 +201,7 @@ def main(argv=None):
         + "".join(f"{rows:>8,} {split}" for split, rows in reversed(task.splits.items()))
         for task in tasks.KNOWN.values())
     parser = Parser(
-        prog="prepare.py", description="Fetch the public files of the 15 tasks, and check every row.",
+        prog="prepare.py", description="Fetch the files of the 15 tasks, and check every row.",
         epilog=f"""tasks, and their rows as published:
 {table}
   choice: a label is learned. arithmetic: a rationale, then a number (AQuA: a letter).

@@ -44,7 +44,7 @@ def same_run(settings, before, where):
 
 @contextmanager
 def locked(path, wait=False):
-    """Hold a lock file, as long as this process lives; if another holds it, wait or raise BadInput."""
+    """Hold a lock file while this process lives. If another holds it, wait, or raise BadInput."""
     while True:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -88,11 +88,10 @@ def check_ours(folder):
     """Raises BadInput if there is anything at `folder` that this program did not write."""
     if not os.path.lexists(folder):
         return
-    found = {path.name.removesuffix(".part") for path in folder.glob("*")}
-    others = found - WRITTEN | {path.name for path in folder.glob("eval/*")
-                                if path.suffix not in SCORED}
-    born = found - {"args.json"}       # which is written first
-    if others or not folder.is_dir() or born and "model" not in read_run(folder):
+    names = {path.name for path in folder.glob("*")} - {"args.json.part"}      # written first
+    others = {name for name in names if name.removesuffix(".part") not in WRITTEN}
+    others |= {path.name for path in folder.glob("eval/*") if path.suffix not in SCORED}
+    if others or not folder.is_dir() or names and "model" not in read_run(folder):
         raise BadInput(f"{folder}: holds {', '.join(others) or 'no args.json of a run'}, so it is "
                        "not a run of train.py alone and never replaced; choose another --out")
     for lock in folder.glob("eval/*.lock"):                    # is somebody scoring this run?

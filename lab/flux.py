@@ -276,8 +276,8 @@ def main(argv=None):
 
     if args.text is not None and not args.text.strip():
         raise BadInput("--text is empty; give a text of two tokens or more")
-    if args.html and (Path(args.html).is_dir() or not Path(args.html).parent.is_dir()):
-        raise BadInput(f"--html {args.html}: name a file in a folder that exists")
+    if args.html:
+        page.check_page(args.html)
     if args.runs and not Path(args.runs).is_dir():
         raise BadInput(f"--runs {args.runs}: no such folder; python train.py makes runs")
     base = os.path.relpath(TOY_FOLDER / "llama")

@@ -153,17 +153,21 @@ def new_contexts(texts):
 def resume(path, about, overwrite, fresh):
     """The tensors that an earlier pass has kept in `path`, or `fresh` where there is no such file,
     where it was made from something else, or with overwrite. Raises BadInput for a file that is
-    damaged or not ours."""
-    if overwrite or not Path(path).is_file():
+    damaged, unless with overwrite, and for one that is not ours."""
+    if not Path(path).is_file():
         return fresh
     try:
         kept, found = read_tensors(path)
     except BadInput:
+        if overwrite:
+            return fresh
         raise BadInput(f"{path}: this file is damaged; delete it, or python -m lab.memories "
                        "--overwrite makes it again") from None
     if found.get("kind") != about["kind"]:
-        raise BadInput(f"{path}: this is no {about['kind']}; --out puts ours into another folder, "
-                       "--overwrite replaces this file")
+        raise BadInput(f"{path}: this is no {about['kind']}, so it is never replaced; --out puts "
+                       "ours into another folder")
+    if overwrite:
+        return fresh
     if found != about:
         print(f"{path}: made from another model or other texts; made again", file=sys.stderr)
     return kept if found == about else fresh

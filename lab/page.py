@@ -6,9 +6,13 @@ until `escape` has been over it. Lengths in charts are percentages: letters keep
 """
 import html
 import math
+import os
 import re
 import textwrap
 from itertools import zip_longest
+from pathlib import Path
+
+from data import BadInput
 
 NOTHING = "nothing to show"
 HUES = 5                     # colours that colour-blind readers tell apart, 3:1 against either page
@@ -121,6 +125,16 @@ def layout(header, rows):
 
 
 # --------------------------------------------------------------------------- page and blocks
+
+
+def check_page(path):
+    """Raises BadInput unless a page can be written to `path`, and replaces nothing but a page."""
+    path, ours = Path(path), PAGE.partition("<title>")[0].encode()
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"{path}: its folder is not there or cannot be written; name another file")
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(ours)):
+        raise BadInput(f"{path}: is there already, and no page that was made here, so it is not "
+                       "replaced; name another file")
 
 
 def document(title: str, intro: str, sections: list[tuple[str, str]]) -> str:

@@ -94,7 +94,8 @@ def over_seeds(by_seed):
 
 
 def regions_text(result, per_layer=False):
-    parts = [f"{visible(result['model'])}: share of the key coefficients in the base model's regions, in %\n"
+    parts = [f"{visible(result['model'])}: share of the key coefficients in the base model's "
+             "regions, in %\n"
              f"mean over layers ± standard error over seeds; {result['texts']} test items of "
              f"{', '.join(result['tasks'])}"]
     for reading, title in enumerate(("|k|: low is idle", "k: low is strongly negative")):

@@ -7,7 +7,6 @@ regions, information flux, and the memories of the base model.
 """
 import json
 import math
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -161,7 +160,8 @@ def read_log(run):
     """[(step, loss, flux)] of a run's log. Raises BadInput."""
     path = run["folder"] / "log.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines()]
+        lines[0]                       # there is no run without a step
         return [tuple(float(line[key]) for key in ("step", *CURVES)) for line in lines]
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not a whole log of train.py ({error}), so there is no curve of "
@@ -243,7 +243,8 @@ def memory_sections(model, folder, runs, names, data, device, notes):
 def sections_of(folder, runs, device, notes):
     """The sections about one base model: [(heading, HTML)]. runs: those of `find_runs` that began
     with it, and itself."""
-    trained, model = [run for run in runs if "seed" in run["settings"]], base_of(runs)
+    trained = [run for run in runs if run["settings"].get("base") is not True]
+    model = base_of(runs)
     rows, tasks = compare(runs), {task for run in runs for task in run["scores"]}
     singles = {task: [task] for tasks in suites_of(tasks).values() for task in tasks}
     sections = [
@@ -297,8 +298,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out, notes = Path(args.out or Path(args.folder, "report.html")), Notes()
     runs = find_runs(args.folder, notes)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):     # now, not after minutes
-        raise BadInput(f"{out}: cannot be written; --out names a file in another folder")
+    page.check_page(out)               # now, not after minutes
     set_threads(args.threads, {task for run in runs for task in run["scores"]})
     write_whole(out, report(args.folder, runs, pick_device(args.device), notes))
     print(f"{page.visible(out)}: open it in a browser")

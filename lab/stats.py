@@ -95,8 +95,7 @@ def grouped_correlation(x, y, group, text):
 
 # An arm is a steering. What is neither the arm, nor the seed, nor the machine is the recipe.
 NO_RECIPE = MACHINE | {"steering", "seed"}
-PLAIN = str, int, float, bool, type(None)
-KINDS = {"model": [str], "model_sha256": [str], "steering": [dict], "versions": [dict]}
+KINDS, PLAIN = {"steering": [dict], "versions": [dict]}, [str, int, float, bool, type(None)]
 SCORED_BY = ("items_sha256", "n", "score", "dtype", "max_new_tokens", "steered")
 
 
@@ -159,10 +158,9 @@ def describe(path, settings):
     base = settings.get("base") is True
     if not base and "steering" not in settings:
         return []
-    kinds = KINDS if base else {**KINDS, "seed": [int]}
-    for name, value in {"model": None, "model_sha256": None, **({} if base else {"seed": None}),
-                        **settings}.items():
-        if type(value) not in kinds.get(name, PLAIN):
+    needed = {"model": [str], "model_sha256": [str], **({} if base else {"seed": [int]})}
+    for name, value in {**dict.fromkeys(needed), **settings}.items():
+        if type(value) not in {**KINDS, **needed}.get(name, PLAIN):
             raise BadInput(f"{path}: {name} is {value!r}, which train.py does not write; if an "
                            "older one made this run, train it again")
     arm = "base" if base else steering_from(settings["steering"], path).name
@@ -242,9 +240,9 @@ def find_runs(folder, say=left_out):
         raise BadInput(f"{folder}: no such folder")
     runs = comparable([run for run in scan(folder, say) if run["scores"]], say)
     if not runs:
-        raise BadInput(f"{folder}: no scored run in it; " + (
-            "it is a run itself, so give the folder it lies in" if Path(folder, "args.json").exists()
-            else "python train.py --steer reg makes one"))
+        itself = Path(folder, "args.json").exists()
+        raise BadInput(f"{folder}: no scored run in it; " + ("python train.py --steer reg makes one",
+                       "it is a run itself, so give the folder it lies in")[itself])
     titles = {}
     for ours in of_models(runs):
         like_scores(ours, say)

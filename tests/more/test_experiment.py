@@ -105,7 +105,7 @@ def test_runs_on_other_data_are_not_compared(copied):
     out, what = copied
     path = out / "tiny-reg-lam0.05-seed1" / "args.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data_sha256": "another"}))
-    with pytest.raises(BadInput, match="differ in data_sha256"):
+    with pytest.raises(BadInput, match="another recipe than .*, another data_sha256"):
         output([*ARMS, *what, "--out", out])
 
 
@@ -144,8 +144,17 @@ def test_a_missing_test_file_shows_before_hours_of_training(tmp_path, made):
     (["--steer", "semantic", "--lam", "1"], "--lam means nothing with --steer semantic"),
     (["table1", "--lam", "0.5"], "--lam means nothing with table1, whose arms are the paper's"),
     (["--compare", "out", "--lr", "1"], "--compare trains nothing, so --lr means nothing"),
-    (["--steer", "int", "--lr", "x"], "argument --lr: 'x' is not a finite number"),
-    (["--steer", "int", "--p", "x"], "argument --p: 'x' is not a finite number"),
+    (["--compare", "out", "--seed", "0"], "--compare trains nothing, so --seed means nothing"),
+    (["--compare", "out", "--items", "3"], "--compare trains nothing, so --items means nothing"),
+    (["--compare", "out", "--out", "o"], "--compare trains nothing, so --out means nothing"),
+    (["--compare", "out", "--lam", "1"], "--compare trains nothing, so --lam means nothing"),
+    (["--steer", "int", "--lr", "x"], "argument --lr: "),
+    (["--steer", "int", "--p", "x"], "argument --p: "),
+    (["--steer", "int", "--seed", "-1"], "argument --seed: '-1' is not a whole number"),
+    (["--steer", "int", "--seed", "99999999999999999999"], "argument --seed: '99999999999999999"),
+    (["--steer", "int", "--seed", "1", "01"], "--seed names something twice"),
+    (["--steer", "int", "--items", "0"], "argument --items: '0' is not a whole number above 0"),
+    (["--steer", "int", "--items", "99999999999999999999"], "argument --items: '9999999999"),
     (["--steer", "int", "--nonsense"], "unrecognized arguments: --nonsense"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_what_means_nothing_is_refused_in_one_line(argv, message, tmp_path, monkeypatch, capsys):

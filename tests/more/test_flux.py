@@ -15,6 +15,7 @@ from eval import keys_of, load, which_model
 from infosteer import key_entropy
 from lab.flux import (arm_of, first_runs, flux_numbers, flux_of, flux_sections, main, measure_flux,
                       readable, token_flux)
+from lab.stats import runs_from
 from lab.words import CLASSES
 
 LLAMA = ROOT / "data" / "toy" / "llama"
@@ -216,7 +217,9 @@ def runs(tmp_path):
 
 
 def test_the_first_seed_of_each_arm_is_taken_plain_fine_tuning_first(runs):
-    names = [run.rsplit("/", 1)[-1] for run in first_runs(runs, LLAMA)]
+    found = first_runs(runs_from(runs, LLAMA))
+    assert list(found) == ["none", "int-p0.05"]
+    names = [run.rsplit("/", 1)[-1] for run in found.values()]
     assert names == ["llama-none-seed0", "llama-int-seed3"]
     assert [arm_of(runs / name) for name in names] == [("none", 0), ("int-p0.05", 3)]
 
@@ -328,7 +331,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, capsys):
     broken = shutil.copytree(LLAMA, tmp_path / "broken")
     model.save_pretrained(broken)
     status, out, error = call(capsys, "--model", broken, "--text", TEXT)
-    assert (status, out) == (2, "") and "is not a number" in error and error.count("\n") == 1
+    assert (status, out) == (2, "") and "is not finite" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -340,8 +343,8 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, capsys):
     (["--text", "a b", "--model", "nowhere"], "nowhere: no such folder"),
     (["--task", "commonsense"], "no test split"),
     (["--task", "piqa"], "prepare.py"),
-    (["--html", "nowhere/flux.html"], "--html nowhere/flux.html"),
-    (["--html", "."], "--html ."),
+    (["--html", "nowhere/flux.html"], "nowhere/flux.html: "),
+    (["--html", "."], ".: is there already"),
     (["--runs", "nowhere"], "no such folder"),
     (["--items", "0"], "--items"),
     (["--limit", "3"], "--limit"),

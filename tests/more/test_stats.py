@@ -240,8 +240,8 @@ def test_what_a_run_began_with_is_decided_by_content_not_by_path(tmp_path):
         settings = json.loads((folder / "args.json").read_text())
         settings["model_sha256"] = which_model(model)
         (folder / "args.json").write_text(json.dumps(settings))
-    assert runs_from(out, model) == [("none", 1, out / "b"), ("int", 3, out / "x"),
-                                     ("reg", 0, out / "a")]
+    assert [(run["arm"], run["seed"], run["folder"]) for run in runs_from(out, model)] == [
+        ("none", 1, out / "b"), ("int", 3, out / "x"), ("reg", 0, out / "a")]
     assert runs_from(tmp_path / "nowhere", model) == []
 
 
