@@ -338,7 +338,7 @@ class Watch:
 
 @torch.inference_mode()
 def keys_of(model, texts, steering=Steering()):
-    """Lists of ids, read one at a time -> for each k [T, d_m] of every layer, steered, in a list."""
+    """Lists of ids, read one at a time -> for each a list: k [T, d_m] of every layer, steered."""
     for ids in texts:
         keys = []
         tokens = torch.tensor([ids], device=model.embed.weight.device)             # [1, T]
