@@ -36,8 +36,8 @@ from data.tasks import SUITES, TOY, find, load as load_examples
 from eval import score, set_threads, split_names
 from infosteer import GENERIC, METHODS, Steering, format_layers, meaningful
 from lab.page import visible
-from lab.stats import (compare, comparison_table, differences, find_runs, mean_and_error,
-                       recipe_of, suites_of)
+from lab.stats import (alike, compare, comparison_table, find_runs, mean_and_error, recipe_of,
+                       suites_of)
 from model import Config
 from train import (STEERING_FLAGS, base_folder, finished, flag, read_settings, run_folder,
                    settings_of, train)
@@ -189,10 +189,9 @@ def runs_finished(runs):
     return done
 
 
-def train_missing(runs, done):
-    """Train the runs that are not among those done. Raises BadInput if the recipes differ."""
-    missing = [run for run in runs if run not in done]
-    print(f"{len(runs)} runs, {len(done)} of them finished; {len(missing)} to train",
+def train_missing(missing, done):
+    """Train what is missing beside the runs done. Raises BadInput if the recipes differ."""
+    print(f"{len(done) + len(missing)} runs, {len(done)} of them finished; {len(missing)} to train",
           file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):               # rows alone go to standard output
         for run in progress(missing, desc="runs", unit="run"):
@@ -205,12 +204,10 @@ def train_missing(runs, done):
 def check_one_recipe(runs):
     """Raises BadInput for finished runs that differ in more than arm and seed: the data and the
     precision are not determined by flags alone."""
-    for run in runs:
-        mine, first = (recipe_of(read_run(one.out)) for one in (run, runs[0]))
-        if mine != first:
-            raise BadInput(f"{run.out}: another recipe than {runs[0].out}, "
-                           f"{differences(mine, first)}; --overwrite trains all of them again, "
-                           "another --out keeps them")
+    _, others = alike((run.out, recipe_of(read_run(run.out))) for run in runs)
+    for words, folders in others.items():
+        raise BadInput(f"{', '.join(folders)}: another recipe than the others, {words}; "
+                       "--overwrite trains all of them again, another --out keeps them")
 
 
 def scores_of(arm, seed, run, tested, items, folder, where=None):
@@ -244,6 +241,7 @@ def main(argv=None):
     argv, parser = list(sys.argv[1:] if argv is None else argv), make_parser()
     table = argv.pop(0) if argv and not argv[0].startswith("-") else None
     args, recipe = parser.parse_known_args(argv)
+    out = args.compare or args.out or "out"
     if bool(table) + bool(args.steer) + bool(args.compare) != 1:
         parser.error(f"give one of these: a table ({', '.join(TABLES)}), --steer or --compare")
     if table and table not in TABLES:
@@ -258,7 +256,7 @@ def main(argv=None):
             parser.error(f"--compare trains nothing, so {[*given, *recipe][0]} means nothing")
         rows, paper = compare(find_runs(args.compare)), {}
     else:
-        rows, paper = experiment(parser, args, table, recipe)
+        rows, paper = experiment(parser, args, table, recipe, out)
     if args.json:
         return print(json.dumps([{**row, "paper": paper.get((row["arm"], row["suite"]))}
                                  for row in rows] if table else rows, indent=2))
@@ -267,11 +265,11 @@ def main(argv=None):
         print(f"The paper: {SOURCES[table]}.\nIts models and tasks are others: compare signs, not "
               "sizes.")
     if not args.items:
-        folder = shlex.quote(args.compare or args.out or "out")
+        folder = shlex.quote(f"./{out}" if out.startswith("-") else out)
         print(f"\nnext       python -m lab.report {visible(folder)}")
 
 
-def experiment(parser, args, table, recipe):
+def experiment(parser, args, table, recipe, out):
     """Train what is missing, score and compare -> the rows of `compare`, the paper's figures."""
     plain = read_settings(recipe)                              # what all runs have in common
     set_threads(plain.threads, split_names(plain.task))
@@ -287,15 +285,17 @@ def experiment(parser, args, table, recipe):
         paper = figures(table, pairs, suites)
     else:
         arms, paper = arms_asked(parser, args), {}
-    out = args.out or "out"
     runs = runs_planned(arms, args.seed or [0, 1, 2], recipe, out)
     done = runs_finished(runs)
-    base = base_folder(out, plain.model) / "eval"              # what is wrong with it shows first
-    scored = [scores_of("base", None, runs[0], tested, args.items, plain.model, base)]
-    train_missing(runs, done)
-    for run in progress(runs, desc="scoring", unit="model"):
-        scored.append(scores_of(run.steering.name, run.seed, run, tested, args.items, run.out))
-    return compare(scored, suites), paper
+    missing, base = [run for run in runs if run not in done], base_folder(out, plain.model) / "eval"
+    scored = {"base": scores_of("base", None, plain, tested, args.items, plain.model, base)}
+    for some in (done, missing):       # what is wrong with scores that are there shows at once
+        if some is missing:
+            train_missing(missing, done)
+        for run in progress(some, desc="scoring", unit="model"):
+            scored[run.out] = scores_of(run.steering.name, run.seed, run, tested, args.items,
+                                        run.out)
+    return compare([scored["base"], *(scored[run.out] for run in runs)], suites), paper
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def main(argv=None):
     if args.text is not None and not args.text.strip():
         raise BadInput("--text is empty; give a text of two tokens or more")
     if args.html:
-        page.check_page(args.html)
+        page.check_page(args.html, "--html")
     if args.runs and not Path(args.runs).is_dir():
         raise BadInput(f"--runs {args.runs}: no such folder; python train.py makes runs")
     base = os.path.relpath(TOY_FOLDER / "llama")

@@ -127,14 +127,14 @@ def layout(header, rows):
 # --------------------------------------------------------------------------- page and blocks
 
 
-def check_page(path):
-    """Raises BadInput unless a page can be written to `path`, and replaces nothing but a page."""
+def check_page(path, flag):
+    """Raises BadInput unless a page can be written to `path`, replacing nothing but a page."""
     path, ours = Path(path), PAGE.partition("<title>")[0].encode()
     if not os.access(path.parent, os.W_OK):
-        raise BadInput(f"{path}: its folder is not there or cannot be written; name another file")
+        raise BadInput(f"{path}: cannot be written; {flag} names another file")
     if path.exists() and not (path.is_file() and path.read_bytes().startswith(ours)):
         raise BadInput(f"{path}: is there already, and no page that was made here, so it is not "
-                       "replaced; name another file")
+                       f"replaced; {flag} names another file")
 
 
 def document(title: str, intro: str, sections: list[tuple[str, str]]) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from data import BadInput, Parser, command, positive, write_whole
 from data.tasks import find, load as load_examples
-from eval import load, pick_device, set_threads, split_names, steering_from, which_model
+from eval import (base_folder, load, pick_device, set_threads, split_names, steering_from,
+                  which_model)
 from lab import page
 from lab.flux import first_runs, flux_of, flux_sections
 from lab.memories import INDEX, LISTED, alone_in, describe, memory_index, row_of
@@ -232,10 +233,10 @@ def memory_sections(model, folder, runs, names, data, device, notes):
         seen["shown"] = seen["shown"][:SHOWN]
     sections = [("Key regions (the paper's Fig. 4)", regions_section(regions)),
                 *flux_sections(flux)]
-    index = Path(folder, f"{Path(model).resolve().name}-base", INDEX)
     try:
+        index = base_folder(folder, model) / INDEX
         sections.append(("The most specific memories", specific_memories(model, device, index)))
-    except BadInput as error:          # it is damaged, or cannot be written
+    except (BadInput, OSError) as error:                       # damaged, or not writable
         notes(error)
     return regions, flux, sections
 
@@ -298,7 +299,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out, notes = Path(args.out or Path(args.folder, "report.html")), Notes()
     runs = find_runs(args.folder, notes)
-    page.check_page(out)               # now, not after minutes
+    page.check_page(out, "--out")      # now, not after minutes
     set_threads(args.threads, {task for run in runs for task in run["scores"]})
     write_whole(out, report(args.folder, runs, pick_device(args.device), notes))
     print(f"{page.visible(out)}: open it in a browser")

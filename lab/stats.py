@@ -240,9 +240,10 @@ def find_runs(folder, say=left_out):
         raise BadInput(f"{folder}: no such folder")
     runs = comparable([run for run in scan(folder, say) if run["scores"]], say)
     if not runs:
-        itself = Path(folder, "args.json").exists()
-        raise BadInput(f"{folder}: no scored run in it; " + ("python train.py --steer reg makes one",
-                       "it is a run itself, so give the folder it lies in")[itself])
+        what_to_do = ("it is a run itself, so give the folder it lies in"
+                      if Path(folder, "args.json").exists() else
+                      "python train.py --steer reg makes one")
+        raise BadInput(f"{folder}: no scored run in it; {what_to_do}")
     titles = {}
     for ours in of_models(runs):
         like_scores(ours, say)
