@@ -70,9 +70,9 @@ def claim(out, resume, overwrite):
     """Hold the run at `out` for this process while it writes there. Raises BadInput where another
     process does, and where the run may not be written."""
     work = Path(f"{out}.partial")
-    if os.path.lexists(out) and not overwrite:                 # a link to nowhere is something too
-        raise BadInput(f"{out}: is there already; --overwrite replaces a finished run, and nothing "
-                       "that is not a run; or choose another --out")
+    if os.path.lexists(out) and not overwrite or out.suffix == ".partial":
+        raise BadInput(f"{out}: is there already, or named as a run in the making; --overwrite "
+                       "replaces finished runs, and nothing that is not a run; change --out")
     with locked(f"{out}.lock"):
         if work.exists() and not (resume or overwrite):
             raise BadInput(f"{work}: an interrupted run; --resume goes on with it, --overwrite "

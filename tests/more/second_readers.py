@@ -382,7 +382,7 @@ def check_tasks(examples, files, good, out):
 
 def check_run(read, files, good, out):
     runs, left_out = read
-    damaged = {line.removeprefix("left out: DIR/").split("/")[0] for line in left_out}
+    damaged = {name for line in left_out for name in re.findall(r"DIR/([^/,]+)/", line)}
     count = Counter((run["arm"], run["seed"]) for run in runs)
     for name in files:
         folder, _, rest = name.partition("/")

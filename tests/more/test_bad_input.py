@@ -196,9 +196,9 @@ SPOILT = {                             # what is wrong -> how it is made wrong, 
     "a tokenizer of another kind": (
         lambda place: (place / "base/tokenizer.json").write_text(json.dumps(UNIGRAM)), "Unigram"),
     "a tokenizer larger than the embedding": (fewer_rows, "the embedding's to 99"),
-    "an output that is no run": (lambda place: (place / "out").mkdir(), "choose another --out"),
+    "an output that is no run": (lambda place: (place / "out").mkdir(), "change --out"),
     "an output that is a file": (lambda place: (place / "out").write_text("thesis"),
-                                 "choose another --out"),
+                                 "change --out"),
     "an interrupted run": (lambda place: (place / "out.partial").mkdir(),
                            "--resume goes on with it"),
 }
