@@ -9,7 +9,6 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SHARED = ROOT.parent / "shared"        # real datasets and tokenizers, which are no part of this
 sys.path[:0] = [str(ROOT), str(TESTS)]
-torch.set_num_threads(1)               # the models are tiny: a second thread would only wait
 
 MARKS = {
     "course": "the tests to read first, in the order of their numbers",
@@ -21,6 +20,12 @@ MARKS = {
 def pytest_configure(config):
     for mark, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: a second thread would only wait. A command may have asked for more."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
