@@ -396,8 +396,8 @@ def run(args, world, data, out, work):
                 rows_of = ", ".join(names[row] for row in (bad or batches)[0][:8])
                 sys.exit(f"train.py: step {step + 1}: the loss is not finite (lm_loss {lm:g}, "
                          f"reward {reward:g}, gradient norm {norm:g}) in the batch of {rows_of}; "
-                         f"the last saved state is kept in {work}; a lower --lr or a weaker "
-                         "steering often helps")
+                         f"the last saved state is kept in {work}; a lower --lr often helps"
+                         + ", or a weaker steering" * (steering.method != "none"))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args, total)
             optimizer.step()
