@@ -81,7 +81,8 @@ def key_entropy(k, normalise: str = "magnitude"):
     if normalise == "softmax":
         log_q = k.to(accumulate(k)).log_softmax(-1)                                # [..., d_m]
         return -(log_q.exp() * log_q).sum(-1)
-    q = magnitudes(k) / magnitudes(k).sum(-1, keepdim=True)                        # [..., d_m]
+    size = magnitudes(k)                                                           # [..., d_m]
+    q = size / size.sum(-1, keepdim=True)
     return -(q * q.clamp_min(torch.finfo(q.dtype).tiny).log()).sum(-1)
 
 
@@ -164,8 +165,7 @@ class Steering:
 
     def __str__(self):
         values = {**self.settings, "layers": format_layers(self.layers)}
-        text = " ".join(f"{name}={values[name]}" for name in self.settings)
-        return text.removeprefix("method=")
+        return " ".join(f"{name}={values[name]}" for name in self.settings).removeprefix("method=")
 
     def at(self, layer: int) -> "Steering":
         """The steering of one layer, counted from 0 as in code."""

@@ -18,7 +18,7 @@ from data import BadInput, Parser, command, not_negative, positive, progress, wr
 from data.tasks import TASKS, TOY, find, load as load_examples
 from eval import TOY_FOLDER, load, pick_device, read_run, set_threads, split_names, steering_from
 from infosteer import Steering
-from lab import page
+from lab import machine_flags, page
 from lab.stats import (alike, clustered_mean, grouped_correlation, left_out, recipe_of, runs_from,
                        terciles)
 from lab.words import CLASSES, TITLES, token_classes
@@ -257,7 +257,7 @@ def main(argv=None):
     models("--model", metavar="DIR", nargs="+", help="runs or published checkpoints (default: "
            "data/toy/llama, and of --runs the first seed of each arm)")
     models("--runs", metavar="DIR", help="a folder of train.py's runs (default: out)")
-    read("--text", help="a text to read, in place of the models' own answers")
+    read("--text", help="a text to read, on one thread, in place of the models' own answers")
     read("--task", metavar="A,B", help=f"tasks to answer, of: {', '.join(TASKS)}; or of the toy "
          f"world's: {', '.join(TOY)} (default: toy-sums)")
     add("--data", metavar="DIR", help="the folder with TASK/test.json (default: data/toy)")
@@ -265,13 +265,11 @@ def main(argv=None):
     add("--max-new-tokens", type=positive, metavar="N", help="(default: 32, or the tasks' own)")
     add("--html", metavar="FILE", help=f"write a page with heat maps of {KEPT} items in colour")
     add("--json", action="store_true", help="print JSON")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    machine_flags(add)
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the weights (default: bfloat16 on cuda, else float32)")
     add("--cache-gb", type=not_negative, default=2.0, metavar="X",
         help="memory for keys and values in decoding (default: 2)")
-    add("--threads", type=positive, metavar="N",
-        help="threads on a CPU (default: 1 for --text and the toy world, else PyTorch's)")
     args = parser.parse_args(argv)
 
     if args.text is not None and not args.text.strip():

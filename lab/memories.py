@@ -27,6 +27,7 @@ from data.tasks import find, load as load_examples
 from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_threads, split_names,
                   which_model)
 from infosteer import entropy, specificity, surrogates
+from lab import machine_flags
 from lab.page import columns
 from model import read_tensors, save_tensors
 from train import encode
@@ -375,11 +376,9 @@ Decoding every memory and reading the texts takes long, so both are done once an
     add("--items", type=positive, metavar="N", default=100, help="texts to read (default: 100)")
     add("--out", metavar="DIR", help="where results are kept (default: MODEL/eval)")
     add("--overwrite", action="store_true", help="make the kept results again")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    machine_flags(add)
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the weights (default: as they are stored)")
-    add("--threads", type=positive, metavar="N",
-        help="threads on a CPU (default: 1 for the toy world's tasks, else PyTorch's)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
 

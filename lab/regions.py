@@ -17,6 +17,7 @@ import torch
 from data import BadInput, Parser, command, positive, progress
 from data.tasks import load as load_examples
 from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_threads, split_names)
+from lab import machine_flags
 from lab.page import columns, visible
 from lab.stats import left_out, runs_from, with_error
 
@@ -125,9 +126,7 @@ def main(argv=None):
         help="the folder with TASK/test.json (default: data/toy)")
     add("--items", type=positive, metavar="N", default=100, help="items to read (default: 100)")
     add("--per-layer", action="store_true", help="show each layer too")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--threads", type=positive, metavar="N",
-        help="threads on a CPU (default: 1 for the toy world's tasks, else PyTorch's)")
+    machine_flags(add)
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     names = split_names(args.task)

@@ -10,11 +10,11 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from data import BadInput, Parser, command, positive, write_whole
+from data import BadInput, Parser, command, write_whole
 from data.tasks import find, load as load_examples
 from eval import (base_folder, load, pick_device, set_threads, split_names, steering_from,
                   which_model)
-from lab import page
+from lab import machine_flags, page
 from lab.flux import first_runs, flux_of, flux_sections
 from lab.memories import INDEX, LISTED, alone_in, describe, memory_index, row_of
 from lab.regions import REGIONS, regions_of
@@ -291,11 +291,7 @@ def main(argv=None):
     parser = Parser(prog="python -m lab.report", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a folder of scored runs of train.py")
     parser.add_argument("--out", metavar="FILE", help="the page (default: DIR/report.html)")
-    parser.add_argument("--device", default="auto",
-                        help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--threads", type=positive, metavar="N",
-                        help="threads on a CPU (default: 1 for the toy world's tasks, else "
-                        "PyTorch's)")
+    machine_flags(parser.add_argument)
     args = parser.parse_args(argv)
     out, notes = Path(args.out or Path(args.folder, "report.html")), Notes()
     runs = find_runs(args.folder, notes)
