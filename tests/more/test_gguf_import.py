@@ -370,6 +370,11 @@ def test_what_a_header_claims_is_not_believed(a_file, tmp_path):
     assert "I8" in refused(path, tmp_path / "out")             # known, but nothing dequantises it
     path.write_bytes(b"")
     assert "empty" in refused(path, tmp_path / "out")
+    key = struct.pack("<Q", 1) + b"a"
+    deep = key + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+    for said, n in ((key + b"\0" * 5) * 2, 2), (deep, 1):
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, n) + said)    # twice; a list of lists
+        assert "not a whole GGUF file" in refused(path, tmp_path / "out")
 
 
 def test_a_file_that_claims_too_much_is_not_read_to_its_end(gguf, a_file):
