@@ -486,3 +486,19 @@ def test_the_texts_are_the_same_each_time():
 def test_a_task_without_a_training_split_lends_its_test_split():
     examples = memories.development_examples(["toy-common"], TOY_FOLDER, 3)
     assert examples[0] in load(TOY_FOLDER, "toy-common", "test")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name, how, word", [("smollm2-135m-instruct", "raw", " right"),
+                                             ("gemma-3-270m", "lens", None)])
+def test_memories_of_published_models(real_models, name, how, word):
+    """Raw, SmolLM2's memory 28:1263 says " right". Gemma's vectors are too short to be read raw."""
+    folder = real_models / name
+    model = Transformer.from_pretrained(folder, torch.bfloat16)
+    assert memories.choose_decoding(model)[0] == how
+    if word:
+        tokenizer = Tokenizer.from_pretrained(folder)
+        v, cap = memories.decodable(model, 27, how)
+        said = memories.decode(v[1263, None], model.decode.float(), cap)
+        first = [tokenizer.decode([id]) for id in said["ids"][0, :4].tolist()]
+        assert first[0] == word and {one.strip().lower() for one in first} == {"right"}
