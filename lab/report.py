@@ -20,6 +20,7 @@ from lab.memories import INDEX, LISTED, alone_in, describe, memory_index, row_of
 from lab.regions import REGIONS, regions_of
 from lab.stats import (FOOTNOTE, NOT_SHOWN, accuracy_lines, compare, find_runs, interval, left_out,
                        points, suites_of)
+from train import RIVALS
 
 ITEMS = 60                             # test items whose tokens are looked at
 MOST_CURVES, MOST_MODELS = 20, 6       # curves in a chart, fine-tuned models whose flux is shown
@@ -65,8 +66,10 @@ def verdict(low, high, sign=1):
 
 
 def method_of(arm):
-    """The method of an arm; "" for one that repeats another, whose name ends with its folder's."""
-    return "" if " " in arm else arm.partition("-")[0]
+    """The method of an arm of the paper; "" for a control or a rival, and for one that repeats
+    another, whose name ends with its folder's."""
+    others = " ", "-random", *(f"-{name}=" for name in RIVALS)
+    return "" if any(part in arm for part in others) else arm.partition("-")[0]
 
 
 def claims(rows, regions, flux):
@@ -163,7 +166,8 @@ def read_log(run):
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines()]
         lines[0]                       # there is no run without a step
-        return [tuple(float(line[key]) for key in ("step", *CURVES)) for line in lines]
+        return [tuple(float(line[key]) for key in ("step", *CURVES)) for line in lines
+                if line["step"]]       # a line before the first holds the held-out loss alone
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not a whole log of train.py ({error}), so there is no curve of "
                        "this run") from None
