@@ -142,12 +142,12 @@ STRENGTHS = ("p", "alpha", "lam", "beta_max", "gamma", "lambda_1", "lambda_2")
 
 @dataclass(frozen=True)
 class Steering:
-    """How to steer. p, alpha and lam have the paper's defaults (section 5.1); the other defaults
+    """How to steer. p, alpha and lam have the paper's defaults (section 5.1); all other defaults
     are ours. Raises ValueError for a setting outside its range."""
 
     method: str = "none"
-    p: float = 0.01                    # int: the fraction of the d_m coefficients that is raised
-    alpha: float = 1.0                 # int: they become alpha times the mean
+    p: float = 0.01                    # int, dropout, resuscitation: the fraction of the memories
+    alpha: float = 1.0                 # int, resuscitation: it becomes alpha times the mean
     rank_by: str = "magnitude"         # int: what "smallest" means, see `intervene`
     lam: float = 0.01                  # reg: lambda of eq. 5; a negative one concentrates the keys
     normalise: str = "magnitude"       # reg: how k becomes a distribution, see `key_entropy`

@@ -44,8 +44,9 @@ IGNORE = -100                          # the target of tokens that are not super
 STEERING_FLAGS = {                     # name: (type or choices, what it means)
     "p": (number, "int, dropout, resuscitation: the fraction of the memories that is changed"),
     "alpha": (number, "int, resuscitation: they become alpha times the mean"),
-    "rank_by": ((*RANKINGS, "random"), "int: smallest by magnitude, by value as in eq. 4, or any"),
-    "lam": (number, "reg, ...-entropy: lambda of eq. 5; below 0 it concentrates the keys"),
+    "rank_by": ((*RANKINGS, "random"), "int: raise the smallest by magnitude, or by value as eq. 4 "
+                "says, or, as a control, as many random ones"),
+    "lam": (number, "reg and ...-entropy: lambda of eq. 5; below 0 it concentrates the keys"),
     "normalise": (NORMALISATIONS, "reg: how k becomes a distribution, |k| / sum|k| or softmax(k)"),
     "generic": (GENERIC, "semantic, activation: the method whose change is scaled"),
     "groups": (positive, "semantic, activation: groups of memories in a layer"),
@@ -69,10 +70,10 @@ RECIPE_FLAGS = {       # name: (type, the paper's Appendix A, for the models in 
     "clip": (not_negative, 1.0, 1.0, "largest gradient norm; 0 does not clip"),
     "eval_every": (positive, None, None, "log the loss of held-out rows every so many steps"),
     "held_out": (positive, None, None, "rows held out, drawn by seed; 64 with --eval-every"),
-    "anchor": (not_negative, 0, 0, "pull to the initial weights: w -= lr N (w - w_0) a step"),
-    "label_smoothing": (not_negative, 0, 0, "the share of the target that goes to all tokens"),
-    "confidence_penalty": (number, 0, 0, "reward N times the entropy of each prediction"),
-    "loss_on": (("response", "all"), "response", "response", "all: prompts are supervised too"),
+    "anchor": (not_negative, 0, 0, "rival: pull to the first weights, w -= lr N (w - w_0) a step"),
+    "label_smoothing": (not_negative, 0, 0, "rival: the share of a target that goes to all tokens"),
+    "confidence_penalty": (number, 0, 0, "rival: reward N times the entropy of a prediction"),
+    "loss_on": (("response", "all"), "response", "response", "rival: prompts, too"),
 }
 RIVALS = "anchor", "label_smoothing", "confidence_penalty", "loss_on"  # each makes another arm
 PAPER, TOY = ({name: row[column] for name, row in RECIPE_FLAGS.items()} for column in (1, 2))
