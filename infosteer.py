@@ -45,8 +45,8 @@ def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude"
     The mean is taken before the update. The gradient flows through the mean, not through replaced
     entries. The paper does not say what "smallest" means once k has both signs, as in gated layers:
     - "magnitude": the smallest |k| become alpha * mean|k| and keep their sign. A zero counts as
-      positive. These are the idle memories, which the method means to wake. Kim et al. 2025, whom
-      the paper cites, read it so too: see `resuscitation`. There is no better outside support.
+      positive. These are the idle memories, which the method means to wake. The best outside
+      support for this reading is Kim et al. 2025, whom the paper cites: see `resuscitation`.
     - "value": the smallest k become alpha * mean(k). This is the literal reading. It picks the most
       negative coefficients. These belong to very active memories. Report both settings.
     - "random": as many k become alpha * mean|k| and keep their sign. This is no reading but a
@@ -109,7 +109,7 @@ def shares(k):
 def dropout(k, p: float, dice=None):
     """k_i m_i / (1 - p), where m_i is 0 with probability p, else 1 (Srivastava et al. 2014):
     k [B, T, d_m] -> [B, T, d_m]. Without dice, as at test time, k stays."""
-    return k if dice is None else k * ((uniform(dice, k) >= p) / max(1 - p, 1e-9)).to(k.dtype)
+    return k if dice is None else k * (uniform(dice, k) >= p) / max(1 - p, 1e-9)
 
 
 def knowledge_entropy(k, usage):
@@ -284,7 +284,7 @@ def strengths_by_group(steering, before):
 
 def amplification_by_surrogate(steering, before):
     """B.2: the factor 1 + gamma S(phi_i) of each memory, [n_layers, d_m]."""
-    target, factors = before.target + (steering.divergence == "memory"), []    # KL must be finite
+    target, factors = before.target + (steering.divergence == "memory"), []    # log 0 is infinite
     for layer, v in enumerate(before.vectors):                                     # v: [d_m, d]
         both = [(entropy(log_p), divergence(target / target.sum(), log_p, steering.divergence))
                 for _, log_p in surrogates(v, before.decode)]
@@ -294,12 +294,13 @@ def amplification_by_surrogate(steering, before):
 
 
 def resuscitation(steering, before):
-    """Kim et al. 2025: once, before training, the rows of key_up are scaled by [n_layers, d_m],
+    """Kim et al. 2025, "Knowledge Entropy Decay": the rows of key_up are scaled, once, before
+    training, by factors [n_layers, d_m]:
 
         alpha * mean(usage) / usage_i    for the max(1, round(p * d_m)) least used, 1 for others
 
     k_i is linear in its row, so usage, the mean |k_i| over development texts, changes as by eq. 4.
-    Their code takes |k| of a gated model, too. p is their ratio, alpha their amplifying factor."""
+    In their code p is the ratio, alpha the amplifying factor, and k that of a gated model, too."""
     usage = sum(torch.stack([k.float().abs().sum(0) for k in keys]) for keys in before.keys)
     usage = usage.clamp_min(1e-6 * usage.mean(-1, keepdim=True))                   # [L, d_m]
     return torch.stack([intervene(of, s.p * (s.method != "none"), s.alpha) / of
@@ -349,7 +350,7 @@ def divergence(target, log_p, of: str = "target"):
 
 
 def relevance(entropies, divergences, lambda_1: float = 1.0, lambda_2: float = 1.0):
-    """S(phi_i) = -lambda_1 H(P_i) - lambda_2 KL(P_target || P_i) of the memories of one layer, both
+    """S(phi_i) = -lambda_1 H(P_i) - lambda_2 `divergence` of P_i of the memories of one layer, both
     [d_m] -> [d_m], standardised to mean 0 and standard deviation 1 (0 where all are alike)."""
     score = -lambda_1 * entropies - lambda_2 * divergences
     score = score - score.mean()

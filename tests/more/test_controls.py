@@ -20,11 +20,11 @@ from data import BadInput
 from helpers import Interrupted, checkpoint_folder, even_or_odd, run_of, write_task
 from infosteer import (Before, Steering, divergence, dropout, intervene, key_entropy,
                        knowledge_entropy, resuscitation, shares, uniform)
-from lab.experiment import CONTROLS
-from lab.report import method_of
+from lab.experiment import CONTROLS, main
+from lab.report import method_of, read_log
 from lab.stats import comparable, compare, scan
 from model import Config, Transformer
-from train import collate, encode, micro_batches, step_loss
+from train import collate, encode, micro_batches, read_settings, step_loss
 
 # Three rows of six tokens with forty memories each, of both signs, and the dice of these rows.
 K = torch.randn(3, 6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -427,7 +427,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(place, arm):
     more = [*ARMS[arm], "--held-out", "9", "--eval-every", "2", "--save-every", "3"]
     whole, log = run(place, f"whole-{arm}", *more)
     with pytest.raises(KeyboardInterrupt):
-        train.train(train.read_settings(flags(place, f"left-{arm}", *more)), Interrupted(5))
+        train.train(read_settings(flags(place, f"left-{arm}", *more)), Interrupted(5))
     train.main([*flags(place, f"left-{arm}", *more), "--resume"])
     weights, log_of_both = run_of(place / f"left-{arm}")
     assert same(weights, whole) and timeless(log_of_both) == timeless(log)
@@ -534,6 +534,8 @@ def test_the_loss_of_held_out_rows_is_logged_before_between_and_after(place):
         batch = [rows[row] for row in held]
         _, expected, *_ = step_loss(model, batch, *counts(batch), Steering())  # of responses alone
         assert line["held_out_nll"] == pytest.approx(expected.item(), rel=1e-5)
+    curve = read_log({"folder": place / "watched"})            # of the steps that were trained
+    assert [point[0] for point in curve] == list(range(1, STEPS + 1))
 
 
 class Watched(train.ALONE):
@@ -549,7 +551,7 @@ class Watched(train.ALONE):
 
 def test_held_out_rows_are_not_trained_on_and_watching_them_changes_nothing(place):
     weights, log = run(place, "held", "--held-out", "52", "--epochs", "3")
-    train.train(train.read_settings(flags(place, "held-seen", "--held-out", "52", "--eval-every",
+    train.train(read_settings(flags(place, "held-seen", "--held-out", "52", "--eval-every",
                                           "1", "--epochs", "3")), Watched)
     assert Watched.rows == [list(range(8))] * 3                # three epochs of eight rows
     seen, log_of_seen = run_of(place / "held-seen")
@@ -577,14 +579,14 @@ def test_each_seed_holds_out_rows_of_its_own_and_is_compared_all_the_same(place)
 
 @each_arm
 def test_a_rival_makes_an_arm_of_its_own_with_a_folder_of_its_own(arm):
-    args = train.read_settings(ARMS[arm])
+    args = read_settings(ARMS[arm])
     assert args.arm == arm and args.out.endswith(f"llama-{arm}-seed0")
 
 
 def test_a_rival_that_is_off_is_no_other_arm():
     off = ["--anchor", "0", "--label-smoothing", "0", "--confidence-penalty", "0", "--loss-on",
            "response"]
-    assert train.read_settings(off).arm == "none"
+    assert read_settings(off).arm == "none"
 
 
 def test_rivals_are_arms_and_not_recipes_to_the_scan_of_a_folder(place, tmp_path):
@@ -606,10 +608,16 @@ def test_the_paper_s_claims_are_not_judged_by_its_controls():
         assert method_of(arm) == ""
 
 
-def test_the_controls_are_arms_of_different_names():
-    arms = [train.read_settings(arm.split()).arm for arm in CONTROLS]
-    assert len(set(arms)) == len(arms) == 14
-    assert arms[:4] == ["none", "int", "int-value", "int-random"]
+def test_the_controls_are_arms_of_an_experiment(place, capsys):
+    what = flags(place, "experiment", "--limit", "4", "--epochs", "2")
+    main(["controls", "--seed", "0", "--items", "1", *what])
+    said, arms = capsys.readouterr().out, [read_settings(arm.split()).arm for arm in CONTROLS]
+    assert arms[:4] == ["none", "int", "int-value", "int-random"] and "The paper" not in said
+    assert [line.split()[0] for line in said.splitlines()[4:19]] == ["base", *arms]
+    assert {path.name for path in (place / "experiment").glob("base-*")} == {
+        "base-base", *(f"base-{arm}-seed0" for arm in arms)}
+    assert len({(place / "experiment" / f"base-{arm}-seed0" / "model.safetensors").read_bytes()
+                for arm in arms}) == len(arms) == 14
 
 
 @pytest.mark.parametrize("more, message", [
@@ -622,7 +630,7 @@ def test_the_controls_are_arms_of_different_names():
     (["--steer", "dropout", "--p", "1.5"], "p is 1.5")])
 def test_what_means_nothing_is_refused(more, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train.read_settings(more)
+        read_settings(more)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
