@@ -95,7 +95,7 @@ def grouped_correlation(x, y, group, text):
 # way. Of what is there, the largest group is kept. The others are left out, with a line.
 
 # An arm is a steering and its rivals. What is neither it, the seed nor the machine is the recipe.
-NO_RECIPE = MACHINE | {"steering", "seed", "arm", *RIVALS}
+NO_RECIPE = MACHINE | {"steering", "seed", *RIVALS}
 KINDS = {"steering": [dict], "versions": [dict], "arm": [str]}
 PLAIN = [str, int, float, bool, type(None)]
 SCORED_BY = ("items_sha256", "n", "score", "dtype", "max_new_tokens", "steered")
