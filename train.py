@@ -44,8 +44,7 @@ IGNORE = -100                          # the target of tokens that are not super
 STEERING_FLAGS = {                     # name: (type or choices, what it means)
     "p": (number, "int, dropout, resuscitation: the fraction of the memories that is changed"),
     "alpha": (number, "int, resuscitation: they become alpha times the mean"),
-    "rank_by": ((*RANKINGS, "random"), "int: raise the smallest by magnitude, or by value as eq. 4 "
-                "says, or, as a control, as many random ones"),
+    "rank_by": ((*RANKINGS, "random"), "int: smallest |k|, or k as in eq. 4, or random ones"),
     "lam": (number, "reg and ...-entropy: lambda of eq. 5; below 0 it concentrates the keys"),
     "normalise": (NORMALISATIONS, "reg: how k becomes a distribution, |k| / sum|k| or softmax(k)"),
     "generic": (GENERIC, "semantic, activation: the method whose change is scaled"),

@@ -95,12 +95,10 @@ SOURCES = {                            # the paper does not say over what Tables
 # What separates steering from its rivals. The strengths were fixed before any of these was run: the
 # paper's for int and reg, those of int and reg for their controls, and else the usual ones.
 CONTROLS = [                           # flags of train.py
-    "--steer none", "--steer int", "--steer int --rank-by value",
-    "--steer int --rank-by random",                # any memories in place of the idle ones
-    "--steer dropout", "--steer dropout --p 0.1",  # noise: in as many as int changes; as is usual
-    "--steer reg", "--steer reg --lam 0.05",
-    "--steer knowledge-entropy",                   # the same reward for breadth across tokens
-    "--steer resuscitation --p 0.5 --alpha 2",     # as its authors' code shows it
+    "--steer none", "--steer int", "--steer int --rank-by value", "--steer int --rank-by random",
+    "--steer dropout", "--steer dropout --p 0.1",  # in as many memories as int; as is usual
+    "--steer reg", "--steer reg --lam 0.05", "--steer knowledge-entropy",
+    "--steer resuscitation --p 0.5 --alpha 2",     # the example of its authors' code
     "--anchor 70",                                 # the weights of a toy run move half as far
     "--label-smoothing 0.1", "--confidence-penalty 0.1", "--loss-on all"]
 # Table 1 task by task, mean over its six models: base, none, int, reg.

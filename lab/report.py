@@ -66,8 +66,7 @@ def verdict(low, high, sign=1):
 
 
 def method_of(arm):
-    """The method of an arm of the paper; "" for a control or a rival, and for one that repeats
-    another, whose name ends with its folder's."""
+    """The method of an arm of the paper; "" for controls, rivals, and one that repeats another."""
     others = " ", "-random", *(f"-{name}=" for name in RIVALS)
     return "" if any(part in arm for part in others) else arm.partition("-")[0]
 
@@ -166,8 +165,8 @@ def read_log(run):
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines()]
         lines[0]                       # there is no run without a step
-        return [tuple(float(line[key]) for key in ("step", *CURVES)) for line in lines
-                if line["step"]]       # a line before the first holds the held-out loss alone
+        return [tuple(float(line[key]) for key in ("step", *CURVES))
+                for line in lines if line["step"]]             # before step 1: held-out loss only
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not a whole log of train.py ({error}), so there is no curve of "
                        "this run") from None
