@@ -24,8 +24,8 @@ from eval import (TOY_FOLDER, Watch, load, pick_device, read_run, set_threads, s
                   steering_from)
 from infosteer import METHODS, Steering, key_entropy
 from lab import machine_flags, page, steerings_of
-from lab.stats import (alike, clustered_mean, grouped_correlation, left_out, recipe_of, runs_from,
-                       terciles)
+from lab.stats import (alike, clustered_mean, grouped_correlation, interval, left_out, recipe_of,
+                       runs_from, terciles)
 from lab.words import CLASSES, TITLES, token_classes
 
 SHOWN, KEPT = 3, 10                    # items in the terminal; items in --json and --html
@@ -133,8 +133,10 @@ def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30
 
 def flux_numbers(measured, position):
     """What `measure_flux` found at a position -> {"mean", "standard_error", "n": tokens, "cuts":
-    between low, middle and high, "classes": {name: mean, standard_error, n}, "correlations":
-    {"own", "next": {"raw", "within": {"r", "standard_error", "n"}}}}. What is undefined is None."""
+    between low, middle and high, "classes": {name: mean, standard_error, n}, "content_against":
+    {another class: {"texts", "mean", "low", "high", "p"}}, "correlations": {"own", "next": {"raw",
+    "within": {"r", "standard_error", "n"}}}}. What is undefined is None. Content words are compared
+    within each text that has both: the difference of the two means of a text, over texts."""
     flux, own, following = (torch.cat([item[key] for item in measured]).double()
                             for key in (position, "surprisal", "next"))            # [N] each
     text = torch.tensor([i for i, item in enumerate(measured) for _ in item[position]]).long()
@@ -151,8 +153,17 @@ def flux_numbers(measured, position):
         r, error = grouped_correlation(flux[there], surprisal[there], group[there], text[there])
         return {"r": r, "standard_error": error, "n": int(there.sum())}
 
+    def of_texts(name):                # the mean of a class in each text, NaN where it has none
+        inside = known & (group == CLASSES.index(name))
+        return (text[inside].bincount(flux[inside], len(measured))
+                / text[inside].bincount(minlength=len(measured)))              # [texts]
+
+    gaps = {name: of_texts("content") - of_texts(name) for name in CLASSES if name != "content"}
+    gaps = {name: gap[~gap.isnan()].tolist() for name, gap in gaps.items()}
     return {**average(known), "cuts": terciles(flux[known])[1].tolist() if known.any() else None,
             "classes": {name: average(known & (group == i)) for i, name in enumerate(CLASSES)},
+            "content_against": {name: {"texts": len(gap), **interval(gap)}
+                                for name, gap in gaps.items()},
             "correlations": {name: {"raw": correlate(surprisal, torch.zeros_like(group)),
                                     "within": correlate(surprisal, group)}
                              for name, surprisal in (("own", own), ("next", following))}}

@@ -11,6 +11,7 @@ A run is asked what share of its own coefficients falls into each. There are two
 """
 import json
 import os
+from itertools import product
 
 import torch
 
@@ -20,7 +21,7 @@ from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_thre
 from infosteer import Steering
 from lab import machine_flags, steerings_of
 from lab.page import columns, visible
-from lab.stats import left_out, runs_from, with_error
+from lab.stats import interval, left_out, points, runs_from, with_error
 
 REGIONS = ("low", "middle", "high")
 SAMPLE = 2**22                         # coefficients of a layer are enough for a percentile
@@ -97,6 +98,28 @@ def over_seeds(by_seed):
             "by_seed": {seed: one.mean(0).tolist() for seed, one in by_seed.items()}}
 
 
+def shifts(arms):
+    """What fine-tuning does to the shares of |k|: [(arm, "base" or "none", [the `estimate` of each
+    region's change from it])], over the seeds of an arm, for plain fine-tuning those of both. arms:
+    {arm: {"by_seed": {seed: shares [2, 3]}}}."""
+    found = []
+    for arm, against in product(arms, ("base", "none")):
+        others = arms.get(against, {"by_seed": {}})["by_seed"]
+        pairs = [(shares[0], others[at][0]) for seed, shares in arms[arm]["by_seed"].items()
+                 if (at := None if against == "base" else seed) in others]
+        if pairs and arm not in ("base", against):
+            found.append((arm, against, [interval([one[i] - other[i] for one, other in pairs])
+                                         for i in range(len(REGIONS))]))
+    return found
+
+
+def shift_lines(result):
+    """The `shifts` as header and lines of a table."""
+    return (["change of the shares of |k|", "from", *(f"{name}, points" for name in REGIONS)],
+            [[arm, against, *(points(of["mean"], of["low"], of["high"]) for of in regions)]
+             for arm, against, regions in shifts(result["arms"])])
+
+
 def regions_text(result, per_layer=False):
     parts = [f"{visible(result['model'])}: share of the key coefficients in the base model's "
              "regions, in %\n"
@@ -114,6 +137,7 @@ def regions_text(result, per_layer=False):
                                         error[reading] if error else [None] * 3)]
                      for name, seeds, shares, error in shown]
         parts.append(columns([title, "seeds", *REGIONS], rows))
+    parts.append(columns(*shift_lines(result)))
     return "\n\n".join(parts)
 
 
