@@ -42,7 +42,7 @@ from data.tasks import SUITES, TOY, load as load_examples
 from eval import score, set_threads, split_names
 from infosteer import GENERIC, METHODS, Steering, format_layers, meaningful
 from lab.page import visible
-from lab.stats import (SCORED_BY, alike, compare, comparison_table, find_runs, items_of,
+from lab.stats import (alike, compare, comparison_table, find_runs, items_of,
                        mean_and_error, recipe_of, suites_of)
 from model import Config
 from train import (STEERING_FLAGS, base_folder, finished, flag, read_settings, run_folder,
@@ -234,8 +234,7 @@ def scores_of(arm, seed, run, tested, items, folder, where=None):
     return {"model": run.model, "arm": arm, "seed": seed, "folder": str(folder),
             "scores": {one["task"]: one["accuracy"] for one in summaries},
             "nll": {one["task"]: one.get("nll") for one in summaries},
-            "scored_by": {one["task"]: {key: one.get(key) for key in SCORED_BY}
-                          for one in summaries},
+            "scored_by": {one["task"]: one for one in summaries},
             "files": {task: file if items and file.exists() else where / f"{task}.jsonl"
                       for task, file in files.items()}}
 

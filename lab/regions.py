@@ -99,25 +99,24 @@ def over_seeds(by_seed):
 
 
 def shifts(arms):
-    """What fine-tuning does to the shares of |k|: [(arm, "base" or "none", [the `estimate` of each
-    region's change from it])], over the seeds of an arm, for plain fine-tuning those of both. arms:
-    {arm: {"by_seed": {seed: shares [2, 3]}}}."""
+    """How fine-tuning changes the shares of |k|: [[arm, "base" or "none", the `estimate` of the
+    change from it in each region]], paired by seed. arms: {arm: {"by_seed": {seed: [2, 3]}}}."""
     found = []
     for arm, against in product(arms, ("base", "none")):
-        others = arms.get(against, {"by_seed": {}})["by_seed"]
-        pairs = [(shares[0], others[at][0]) for seed, shares in arms[arm]["by_seed"].items()
-                 if (at := None if against == "base" else seed) in others]
+        other = arms[against]["by_seed"] if against in arms else {}
+        pairs = [(of[0], other[at][0]) for seed, of in arms[arm]["by_seed"].items()
+                 if (at := None if against == "base" else seed) in other]
         if pairs and arm not in ("base", against):
-            found.append((arm, against, [interval([one[i] - other[i] for one, other in pairs])
-                                         for i in range(len(REGIONS))]))
+            found.append([arm, against, *(interval([one[i] - before[i] for one, before in pairs])
+                                          for i in range(len(REGIONS)))])
     return found
 
 
 def shift_lines(result):
     """The `shifts` as header and lines of a table."""
-    return (["change of the shares of |k|", "from", *(f"{name}, points" for name in REGIONS)],
-            [[arm, against, *(points(of["mean"], of["low"], of["high"]) for of in regions)]
-             for arm, against, regions in shifts(result["arms"])])
+    return ["change of the share of |k|, in points", "from", *REGIONS], [
+        [arm, against, *map(points, changes)] for arm, against, *changes in
+        shifts(result["arms"])]
 
 
 def regions_text(result, per_layer=False):

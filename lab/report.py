@@ -45,7 +45,7 @@ class Notes(list):
 
 BEATS = {"int": "Raising the smallest coefficients beats plain fine-tuning (Tables 1, 2, 4)",
          "reg": "Rewarding the key entropy beats plain fine-tuning (Tables 1, 2, 4)"}
-PAIRED = "int", "int-value"            # arms that differ from RANDOM in the choice of memories only
+PAIRED = "int", "int-value"            # they differ from RANDOM in the choice of memories only
 RANDOM = "int-random"
 IDLE = "Raising the smallest coefficients beats raising random ones (not in the paper)"
 RIVALRY = "A control or rival beats plain fine-tuning (not in the paper)"
@@ -91,22 +91,19 @@ def claims(rows, regions, flux):
             found.append([claim, f"{row['arm']}, {row['suite']}" + ", nll" * bool(measure),
                           difference(row, measure, verdict=False),
                           verdict(row[f"{measure}difference"], row[f"{measure}holm"], sign)])
-    for (method, region, sign, claim), (arm, against, changes) in product(
+    for (method, region, sign, claim), (arm, against, *changes) in product(
             MOVES, shifts(regions["arms"]) if regions else ()):
         if method == method_of(arm):
             of = changes[REGIONS.index(region)]
-            moves.append((claim, f"{arm} against {against}",
-                          points(of["mean"], of["low"], of["high"]), of, sign))
+            moves.append((claim, f"{arm} against {against}", points(of), of, sign))
     for model, at, name in product(flux["models"] if flux else (), POSITIONS, LESS_FLUX):
         of, classes = model[at]["content_against"][name], model[at]["classes"]
-        n = min(classes["content"]["n"], classes[name]["n"])
         where = (f"Content words have more flux than {LESS_FLUX[name]} (section 6)",
                  f"answers of {model['title']}, {at}")
-        if n < LEAST or of["p"] is None:
+        if (n := min(classes["content"]["n"], classes[name]["n"])) < LEAST or of["p"] is None:
             found.append([*where, "", f"too few tokens ({n})"])
         else:
-            text = f"{points(of['mean'], of['low'], of['high'], 1, 3)} nats, {of['texts']} texts"
-            gaps.append((*where, text, of, 1))
+            gaps.append((*where, f"{points(of, 1, 3)} nats in {of['texts']} texts", of, 1))
     for family in (moves, gaps):
         for (*words, of, sign), p in zip(family, holm([of["p"] for *_, of, _ in family])):
             found.append([*words, verdict(of["mean"], p, sign)])
@@ -120,8 +117,8 @@ def claims_section(found):
         verdicts = [row[3] for row in found if row[0] == claim and row[3] in VERDICTS]
         lines.append([claim, len(verdicts), *map(verdicts.count, VERDICTS)])
     every = page.table(["claim", "here", "difference", "verdict"], found, note=(
-        "Differences stand with their 95% interval: of accuracies, in points, and of nll, as in the "
-        "tables below; of shares of the coefficients, in points over seeds; of flux, over texts. "
+        "Differences have 95% intervals: of accuracies, in points, and of nll, as in the tables "
+        "below; of shares of the coefficients, in points, over seeds; of flux, over texts. "
         "Verdicts are after Holm's correction, of all accuracies, all nll, all shares, all flux."))
     return page.table(["claim", "comparisons here", *VERDICTS], lines) + (
         f"<details><summary>Every comparison</summary>{every}</details>")

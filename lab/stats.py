@@ -32,11 +32,10 @@ def mean_and_error(values):
 def tail(t, df):
     """P(|T| > t) of Student's t with df >= 1 degrees of freedom, whole or not: with t = sqrt(df)
     cot y, it is the integral of sin(u)^(df - 1) from 0 to y, over that from 0 to pi / 2."""
-    y = math.atan2(math.sqrt(df), t)
-    r = torch.linspace(0, 1, 4001, dtype=torch.double)         # u = y r^4 is smooth at 0
-    total = torch.trapezoid(4 * y * r**3 * (y * r**4).sin() ** (df - 1), r).item()
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    return min(1.0, 2 * scale * total)
+    grid = torch.linspace(0, 1, 4001, dtype=torch.double) ** 4                 # fine near 0
+    part, whole = (torch.trapezoid((end * grid).sin() ** (df - 1), end * grid).item()
+                   for end in (math.atan2(math.sqrt(df), t), math.pi / 2))
+    return part / whole
 
 
 @cache
@@ -50,20 +49,16 @@ def quantile(df):
 
 
 def estimate(mean, parts):
-    """A mean with its 95% interval and its two-sided p value, by Student's t -> {"mean", "low",
-    "high", "p"}. parts: [(variance, degrees of freedom)] of the sources of its error; the variances
-    add up, and so do the degrees of freedom, as Satterthwaite (1946) says:
-
-        v = sum_i v_i        df = v^2 / sum_i (v_i^2 / df_i)
-
-    Without parts, there is nothing but the mean. Without variance, p is 0, or 1 if the mean is 0.
-    """
+    """A mean with its 95% interval and two-sided p value, by Student's t -> {"mean", "low", "high",
+    "p"}. parts: [(variance, degrees of freedom)] of the sources of its error. Variances add up to
+    v, and df = v^2 / sum_i (v_i^2 / df_i) (Satterthwaite 1946). Without parts, there is the mean
+    alone. Without variance, p is 0, or 1 if the mean is 0."""
     if not parts:
         return {"mean": mean, "low": None, "high": None, "p": None}
     if not (v := sum(variance for variance, _ in parts)):
         return {"mean": mean, "low": mean, "high": mean, "p": float(mean == 0)}
-    df = 1 / sum((variance / v) ** 2 / df for variance, df in parts)
-    df, error = min(max(df, 1), 1000), math.sqrt(v)            # of 1000, t is 1.962
+    df = min(1000.0, 1 / sum((variance / v) ** 2 / df for variance, df in parts))  # t is 1.963
+    df, error = max(1.0, df), math.sqrt(v)                     # it may be rounded to less than 1
     width = quantile(df) * error
     return {"mean": mean, "low": mean - width, "high": mean + width,
             "p": tail(abs(mean) / error, df)}
@@ -77,37 +72,36 @@ def interval(values):
 
 def levels(d, step=0):
     """The mean of paired differences d, a tensor [S, I_t] of S seeds and I_t items for each of T
-    tasks, and three estimates of it -> {"seeds", "items", "seeds and items"}, each an `estimate`.
+    tasks -> {"seeds", "items", "seeds and items"}: its `estimate` over either, and over both.
 
-        v_seeds = var(a) / S             a [S]: for each seed the mean over items, then tasks
+        v_seeds = var(a) / S                       a [S]: for each seed the mean over items
         v_items = sum_t var(b_t) / (I_t T^2)       b_t [I_t]: for each item the mean over seeds
         both:     v_seeds + v_items
 
-    Over seeds alone, the items are taken as all that there are; over items alone, so are the seeds.
-    Both are random in the last: seeds and items are crossed, and t^2 is Clark's min F' (1973,
-    Journal of Verbal Learning 12:335). An error of a single seed at a single item is in both terms,
-    so this interval is rather too wide, by a factor between 1 and sqrt(2). (To resample both, as
-    Owen 2007 does, counts it three times, and of three seeds makes too narrow an interval.) A seed
-    draws the order of the training data. All is conditional on one checkpoint and one world.
+    Over seeds alone, the items are taken for all that there are, and over items alone the seeds.
+    Over both, seeds and items are crossed random factors, and t^2 is min F' (Clark 1973, Journal of
+    Verbal Learning 12:335). What is due to one seed at one item is in both terms, so the interval
+    is too wide, if anything: by sqrt(2) at most. Resampling both (Owen 2007) counts it three times,
+    and can make too little of three seeds. All is conditional on one checkpoint and one world, and
+    what a seed draws is the order of the training data.
 
-    step: the difference of a single item in a single run, where there is but one, as of accuracies.
-    Then each task gets two more items, on which one seed differs by +step and -step (Bonett & Price
-    2012). Else a few items that all differ in one direction, or none, would seem to be sure.
-    """
+    step: what a single item of a single run counts, of accuracies. Each task then has two items
+    more, on which one seed differs by +step and -step, as Bonett & Price (2012) would have it. Else
+    a few items that differ in one direction, or none that do, would look too sure."""
     S, a = len(d[0]), torch.stack([task.mean(1) for task in d]).mean(0)        # [S]
-    more = torch.tensor([step, -step] if step else [], dtype=torch.double) / S
+    more = torch.tensor([step, -step] if step else []).double() / S
     b = [torch.cat([task.mean(0), more]) for task in d]
     seeds = [(a.var().item() / S, S - 1)] if S > 1 else []
-    items = [(of.var().item() / len(of) / len(b) ** 2, len(of) - 1) for of in b if len(of) > 1]
-    items = items if len(items) == len(b) else []              # one item has no variance
+    items = [(of.var().item() / len(of) / len(b) ** 2, len(of) - 1)
+             for of in b if min(map(len, b)) > 1]
     return {name: estimate(a.mean().item(), parts) for name, parts in (
         ("seeds", seeds), ("items", items), ("seeds and items", seeds and items and seeds + items))}
 
 
 def holm(ps):
     """The p values of a family of comparisons, corrected as by Holm (1979): the smallest of n is
-    multiplied by n, the next by n - 1, and none gets smaller than the one before. That any true
-    zero falls below 0.05 then has a probability of at most 0.05. None stays None."""
+    multiplied by n, the next by n - 1, and none gets smaller than the one before. That a true zero
+    comes below 0.05 has a probability of 0.05 at most. None stays None."""
     ordered, corrected, least = sorted(p for p in ps if p is not None), {None: None}, 0.0
     for i, p in enumerate(ordered):
         corrected[p] = least = max(least, min(1.0, p * (len(ordered) - i)))
@@ -362,40 +356,33 @@ def items_of(run, task):
         for row, line in enumerate(path.read_bytes().splitlines(), 1):
             item = json.loads(line)
             right, nll = item["correct"], item.get("nll")      # none by an older version
-            if not (type(right) is bool and (nll is None or 0 <= nll <= 1e30)):
+            if type(right) is not bool or not 0 <= (nll or 0) <= 1e30:
                 raise ValueError(f"correct is {right!r}, nll {nll!r}")
             found[item["index"]] = float(right), nll
         if abs(sum(right for right, _ in found.values()) / row - run["scores"][task]) > 1e-9:
             raise ValueError("another accuracy")
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-        raise BadInput(f"{path}, line {row}: not the items of its summary ({error}); score it again "
-                       "(--overwrite)") from None
+        raise BadInput(f"{path}, line {row}: not the items of its summary ({error}); score it "
+                       "again (--overwrite)") from None
     kept[task] = found
     return found
 
 
-def by_item(pairs, tasks, measure, say):
-    """The differences of [(run, other)], of one seed each, item by item -> (of each task a tensor
-    [S, I] of the I items that all of the runs have a value for, how many items are left out). The
-    first is None where a run lacks its items, or has other items than the rest."""
-    found, without = [], 0
+def by_item(pairs, tasks, measure):
+    """The differences of [(run, other)], each of one seed, item by item -> (of each task a tensor
+    [S, I] of the items that all of the runs have a value for, how many items are left out); None
+    where a run lacks its items, or has others than the rest. Raises BadInput."""
+    found, without, runs = [], 0, [run for pair in pairs for run in pair]
     for task in tasks:
-        same = {(run.get("scored_by") or {}).get(task, {}).get("items_sha256")
-                for pair in pairs for run in pair}
-        try:
-            items = [[items_of(run, task) for run in pair] for pair in pairs]
-        except BadInput as error:
-            say(error)
-            return None, 0
-        i = ("scores", "nll").index(measure)
-        every = {index for pair in items for of in pair for index in of}
-        known = [index for index in sorted(every)
-                 if all(index in of and of[index][i] is not None for pair in items for of in pair)]
+        same = {run.get("scored_by", {}).get(task, {}).get("items_sha256") for run in runs}
+        values = [{index: of[measure == "nll"] for index, of in items_of(run, task).items()}
+                  for run in runs]
+        known = [index for index in values[0] if all(of.get(index) is not None for of in values)]
         if len(same) > 1 or not known:
             return None, 0
-        without += len(every) - len(known)
-        found.append(torch.tensor([[one[index][i] - other[index][i] for index in known]
-                                   for one, other in items], dtype=torch.double))
+        x = torch.tensor([[of[index] for index in known] for of in values]).double()
+        found.append(x[::2] - x[1::2])
+        without += len(values[0]) - len(known)
     return found, without
 
 
@@ -436,24 +423,26 @@ def compare(runs, suites=None, against="none", say=left_out):
 
 def against_other(runs, arm, other, tasks, measure, say):
     """What `compare` says of an arm: {"mean", "standard_error", "by_seed", "difference",
-    "interval", "p", "level", "levels", "left_out"}. The last are all that `levels` found and the
-    items that have no nll; "level" names the one whose interval and p these are: over seeds and
-    items, or over one of them, if there is one seed or the items are not there."""
+    "interval", "p", "level", "levels", "left_out"}: all that `levels` found, the one of them that
+    the others are of, and how many items have no nll. It is over seeds and items; over one of them,
+    if there is one seed, or the items are not there."""
     tasks = [task for task in tasks if any(run[measure][task] is not None for run in runs)]
     at, plain = (by_seed(runs, name, tasks, measure) for name in (arm, other))
-    shared, found, without = [seed for seed in at if seed in plain and arm != other], None, 0
+    shared = [seed for seed in at if seed in plain and arm != other]
+    found, d, without = {"seeds": interval([at[seed] - plain[seed] for seed in shared])}, None, 0
     if shared:
         run_of = {(run["arm"], run["seed"]): run for run in runs}
-        pairs = [(run_of[arm, seed], run_of[other, seed]) for seed in shared]
-        d, without = by_item(pairs, tasks, measure, say)
-        found = (levels(d, step=measure == "scores") if d else
-                 {"seeds": interval([at[seed] - plain[seed] for seed in shared])})
-    level = next((name for name in ("seeds and items", "items", "seeds")
-                  if found and name in found and found[name]["p"] is not None), None)
-    chosen, (mean, error) = found and found[level or "seeds"], mean_and_error([*at.values()])
-    return {"mean": mean, "standard_error": error, "by_seed": at,
-            "difference": chosen and chosen["mean"], "p": chosen and chosen["p"],
-            "interval": [chosen["low"], chosen["high"]] if level else None,
+        try:
+            d, without = by_item([(run_of[arm, seed], run_of[other, seed]) for seed in shared],
+                                 tasks, measure)
+        except BadInput as error:
+            say(error)
+    if d:
+        found = levels(d, step=measure == "scores")
+    level = next((name for name in reversed(found) if found[name]["p"] is not None), None)
+    chosen, (mean, error) = found[level or "seeds"], mean_and_error([*at.values()])
+    return {"mean": mean, "standard_error": error, "by_seed": at, "difference": chosen["mean"],
+            "interval": level and [chosen["low"], chosen["high"]], "p": chosen["p"],
             "level": level, "levels": found, "left_out": without}
 
 
@@ -477,30 +466,31 @@ training data only: no interval says anything of other checkpoints or worlds."""
 EXCLUDES = "excludes: the paper's difference to none, if the interval here does not hold it."
 
 
-def points(mean, low, high, scale=100, digits=1):
-    """A difference of shares in percentage points: "+2.0 [-0.5, +4.5]", or "+2.0 (one seed)". One
+def points(of, scale=100, digits=1):
+    """An `estimate` of shares in percentage points: "+2.0 [-0.5, +4.5]", or "+2.0 (one seed)". One
     of losses has scale 1 and 3 digits."""
-    mean, *ends = ("" if x is None else f"{scale * x:+.{digits}f}" for x in (mean, low, high))
-    return f"{mean} (one seed)" if low is None else f"{mean} [{', '.join(ends)}]"
+    mean, *ends = ("" if of[name] is None else f"{scale * of[name]:+.{digits}f}"
+                   for name in ("mean", "low", "high"))
+    return f"{mean} [{', '.join(ends)}]" if ends[0] else f"{mean} (one seed)"
 
 
 def difference(row, measure="", verdict=True):
     """The difference of a row of `compare` to plain fine-tuning; "" where there is none."""
-    mean, ends, level = (row[measure + name] for name in ("difference", "interval", "level"))
-    if mean is None:
+    level, p, found = (row[measure + name] for name in ("level", "holm", "levels"))
+    of = found[level or "seeds"]
+    if of["mean"] is None:
         return ""
-    unsure = verdict and ends and row[f"{measure}holm"] >= LEVEL
-    return (f"{NOT_SHOWN}: " * bool(unsure) + points(mean, *(ends or (None, None)), *FORMS[measure])
-            + f" ({level})" * (level in ("items", "seeds")))
+    return (f"{NOT_SHOWN}: " * (verdict and bool(level) and p >= LEVEL)
+            + points(of, *FORMS[measure]) + f" ({level})" * (level in ("items", "seeds")))
 
 
 def excluded(row, paper):
-    """The paper's difference to none, in points, if it is outside of a row's interval; else None.
+    """The paper's difference to none in points, if a row's interval does not hold it; else None.
     paper: {(arm, suite): %}."""
     figure, plain = (paper.get((arm, row["suite"])) for arm in (row["arm"], "none"))
     if row["interval"] and None not in (figure, plain):
-        low, high = (100 * end for end in row["interval"])
-        return None if low <= figure - plain <= high else f"{figure - plain:+.1f}"
+        low, high = row["interval"]
+        return None if 100 * low <= figure - plain <= 100 * high else f"{figure - plain:+.1f}"
 
 
 def lines_of(rows, paper={}, measure=""):

@@ -257,8 +257,10 @@ def test_suites_are_in_the_order_of_the_tasks():
 
 
 def row(difference, interval=None, holm=None, level="seeds and items", **more):
-    return {"arm": "int", "suite": "s", "difference": difference, "interval": interval,
-            "holm": holm, "level": level if interval else None, **more}
+    low, high = interval or (None, None)
+    level, of = level if interval else None, {"mean": difference, "low": low, "high": high}
+    return {"arm": "int", "suite": "s", "interval": interval, "holm": holm, "level": level,
+            "levels": {level or "seeds": of}, **more}
 
 
 def test_what_holm_s_correction_does_not_leave_is_not_shown():
@@ -337,7 +339,8 @@ def with_items(arm, by_seed, shuffled=False, sha="x"):
         losses = [nll for _, nll in items if nll is not None]
         order = [*range(len(items))]
         runs.append({
-            "model": "m", "arm": arm, "seed": seed, "scored_by": {"toy-cloze": {"items_sha256": sha}},
+            "model": "m", "arm": arm, "seed": seed,
+            "scored_by": {"toy-cloze": {"items_sha256": sha}},
             "scores": {"toy-cloze": sum(correct for correct, _ in items) / len(items)},
             "nll": {"toy-cloze": sum(losses) / len(losses) if losses else None},
             "items": {"toy-cloze": {i: (float(items[i][0]), items[i][1])
@@ -353,17 +356,19 @@ STEERED = {seed: [(correct, nll - less) for (correct, nll), less in zip(PLAIN[se
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_items_are_paired_by_what_they_are_not_by_their_order(shuffled):
     """The losses of an arm are below those of none by 0.1 to 0.6, though items differ by 3."""
-    row = by_arm(compare(with_items("none", PLAIN) + with_items("int", STEERED, shuffled)))["int"]
+    runs = with_items("none", PLAIN) + with_items("int", STEERED, shuffled)
+    row = by_arm(compare(runs))["int"]
     gaps = torch.tensor([[-0.1, -0.2, -0.3, -0.4], [-0.2, -0.2, -0.4, -0.6]]).double()
     assert row["nll_level"] == "seeds and items" and row["nll_difference"] == pytest.approx(-0.3)
     expected = levels([gaps])
     assert row["nll_levels"].keys() == expected.keys()
     for name, of in expected.items():
-        assert row["nll_levels"][name] == pytest.approx(of), name
+        assert row["nll_levels"][name] == pytest.approx(of, rel=1e-5), name
     assert row["nll_interval"] == pytest.approx([expected["seeds and items"][end]
                                                  for end in ("low", "high")])
     # The accuracies are the same: no difference, but an interval that is not a point.
-    assert (row["difference"], row["holm"]) == (0, 1) and row["interval"][0] < 0 < row["interval"][1]
+    assert (row["difference"], row["holm"]) == (0, 1)
+    assert row["interval"][0] < 0 < row["interval"][1]
     assert difference(row).startswith("not shown: +0.0 [-")
 
 
