@@ -13,10 +13,9 @@ ones go on. Then the base model and all runs are scored, on all tasks of the toy
 named tasks. Of a folder, --compare shows the runs of one recipe, scored alike: those of which there
 are most. It says which runs and scores it leaves out, and why.
 
-Differences to none are paired by seed and by item. The tables show them over seeds and items
-together where there are several seeds, and over items where there is one; "not shown" is said after
-Holm's correction within a table. --json has both, that over seeds alone, p values, and every run's
-number for every item.
+Differences to none are paired by seed and by item. The tables have their intervals over seeds and
+items together, and of one seed over items; "not shown" is said after Holm's correction. --json has
+the intervals over either and over both, p values, and all items of all runs.
 
 The tables:
     table1    none, int, reg: the main comparison
@@ -230,22 +229,21 @@ def scores_of(arm, seed, run, tested, items, folder, where=None):
     where = where or Path(folder, "eval")
     summaries = score(folder, tested, run.data, where, device=run.device, limit=items,
                       overwrite=run.overwrite)
-    files = {task: where / f"{task}-first{items}.jsonl" for task in tested}
+    files = {task: [where / f"{task}{part}.jsonl" for part in (f"-first{items}", "")]
+             for task in tested}
     return {"model": run.model, "arm": arm, "seed": seed, "folder": str(folder),
             "scores": {one["task"]: one["accuracy"] for one in summaries},
             "nll": {one["task"]: one.get("nll") for one in summaries},
             "scored_by": {one["task"]: one for one in summaries},
-            "files": {task: file if items and file.exists() else where / f"{task}.jsonl"
-                      for task, file in files.items()}}
+            "files": {task: of[not (items and of[0].exists())] for task, of in files.items()}}
 
 
 def in_full(run):
     """A run's scores and its items, for --json."""
-    return {**{name: run[name] for name in ("model", "arm", "seed", "scores", "nll")},
-            "folder": str(run["folder"]),
-            "items": {task: [{"index": index, "correct": bool(correct), "nll": nll}
-                             for index, (correct, nll) in items_of(run, task).items()]
-                      for task in run["scores"]}}
+    items = {task: [{"index": index, "correct": bool(right), "nll": nll} for index, (right, nll)
+                    in items_of(run, task).items()] for task in run["scores"]}
+    kept = {name: run[name] for name in ("model", "arm", "seed", "scores", "nll")}
+    return {**kept, "folder": str(run["folder"]), "items": items}
 
 
 # --------------------------------------------------------------------------------------- command
@@ -315,8 +313,8 @@ def experiment(parser, args, table, recipe, out):
             parser.error(f"{flag(given[0])} means nothing with {table}, whose arms are the paper's")
         pairs = arms_of(TABLES.get(table, TABLES["table2"]),
                         Config.from_pretrained(plain.model).n_layers)
-        arms = ([flags_of(arm) for arm, _ in pairs if arm] if table in TABLES else
-                [arm.split() for arm in CONTROLS])
+        arms = [flags_of(arm) for arm, _ in pairs if arm]
+        arms = arms if table in TABLES else [arm.split() for arm in CONTROLS]
         paper = figures(table, pairs, suites)
     else:
         arms, paper = arms_asked(parser, args), {}

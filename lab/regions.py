@@ -102,13 +102,12 @@ def shifts(arms):
     """How fine-tuning changes the shares of |k|: [[arm, "base" or "none", the `estimate` of the
     change from it in each region]], paired by seed. arms: {arm: {"by_seed": {seed: [2, 3]}}}."""
     found = []
-    for arm, against in product(arms, ("base", "none")):
-        other = arms[against]["by_seed"] if against in arms else {}
-        pairs = [(of[0], other[at][0]) for seed, of in arms[arm]["by_seed"].items()
-                 if (at := None if against == "base" else seed) in other]
-        if pairs and arm not in ("base", against):
-            found.append([arm, against, *(interval([one[i] - before[i] for one, before in pairs])
-                                          for i in range(len(REGIONS)))])
+    for arm, against in product([arm for arm in arms if arm != "base"], ("base", "none")):
+        other = arms[against]["by_seed"] if against in arms and against != arm else {}
+        pairs = [(of[0], other.get(None if against == "base" else seed))
+                 for seed, of in arms[arm]["by_seed"].items()]
+        gaps = [[x - y for x, y in zip(one, of[0])] for one, of in pairs if of]
+        found += [[arm, against, *map(interval, zip(*gaps))]] * bool(gaps)
     return found
 
 

@@ -31,7 +31,6 @@ INTRO = """InfoSteer steers how much of its feed-forward memory a language model
 fine-tuned. This page shows the runs in {}: what was done, what came out, and how sure that is."""
 
 
-
 class Notes(list):
     """What is left out of a page, and why: each is said once, and kept for the page."""
 
@@ -146,13 +145,11 @@ def runs_section(trained):
     return page.table(header, rows) + page.preformatted("\n".join(commands))
 
 
-def accuracy_chart(rows, note=""):
-    if not rows:
-        return page.paragraph(page.NOTHING)
+def accuracy_chart(rows):
     found = {(row["arm"], row["suite"]): as_bar(row["mean"], row["standard_error"]) for row in rows}
     arms, suites = (dict.fromkeys(names) for names in zip(*found))
     series = {arm: [found.get((arm, suite)) for suite in suites] for arm in arms}
-    return page.bars(list(suites), series, note=note)
+    return page.bars(list(suites), series)
 
 
 def as_bar(mean, error):
@@ -260,7 +257,7 @@ def sections_of(runs, device, notes):
     sections = [
         ("Accuracy", page.table(*lines_of(rows)) + page.table(
             *lines_of(rows, measure="nll_"), " ".join(FOOTNOTE.split()))),
-        ("Suite by suite", accuracy_chart(rows, "mean over the tasks of a suite")),
+        ("Suite by suite", accuracy_chart(rows)),
         ("Task by task (the paper's Fig. 3)", accuracy_chart(compare(runs, singles)))]
     regions = flux = None
     if trained:
