@@ -377,7 +377,7 @@ def by_item(pairs, tasks, measure):
         known = [index for index in values[0] if all(of.get(index) is not None for of in values)]
         if len(same) > 1 or not known:
             return None, 0
-        x = torch.tensor([[of[index] for index in known] for of in values]).double()
+        x = torch.tensor([[of[index] for index in known] for of in values], dtype=torch.double)
         found.append(x[::2] - x[1::2])
         without += len(values[0]) - len(known)
     return found, without
