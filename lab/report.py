@@ -99,8 +99,10 @@ def claims(rows, regions, flux):
         of, classes = model[at]["content_against"][name], model[at]["classes"]
         where = (f"Content words have more flux than {LESS_FLUX[name]} (section 6)",
                  f"answers of {model['title']}, {at}")
-        if (n := min(classes["content"]["n"], classes[name]["n"])) < LEAST or of["p"] is None:
+        if (n := min(classes["content"]["n"], classes[name]["n"])) < LEAST:
             found.append([*where, "", f"too few tokens ({n})"])
+        elif of["p"] is None:
+            found.append([*where, "", "too few texts that have both"])
         else:
             gaps.append((*where, f"{points(of, 1, 3)} nats in {of['texts']} texts", of, 1))
     for family in (moves, gaps):

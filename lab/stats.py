@@ -42,7 +42,7 @@ def tail(t, df):
 def quantile(df):
     """The t of which `tail` is LEVEL: 12.7 for one degree of freedom, 1.96 for very many."""
     low, high = 1.9, 13.0
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if tail(middle, df) > LEVEL else (low, middle)
     return high

@@ -144,15 +144,15 @@ def test_items_of_several_tasks_count_as_their_suite_does():
     (0.05, 1.0, 0.2, "seeds"), (0.3, 0.3, 0.3, "items"), (0.1, 1.0, 1.0, "seeds"),
     (0.0, 0.0, 1.0, None)])
 def test_the_interval_over_both_holds_the_truth_as_often_as_it_says(seeds, items, both, blind):
-    """400 times six seeds and 40 items: the interval over both holds the truth in 92% or more,
+    """250 times six seeds and 40 items: the interval over both holds the truth in 92% or more,
     whatever varies. The one that is blind to what varies most does not."""
     held = dict.fromkeys(("seeds", "items", "seeds and items"), 0)
-    for seed in range(400):
+    for seed in range(250):
         found = levels([drawn_differences(6, 40, seed, seeds, items, both, mean=0.0)])
         for name, of in found.items():
             held[name] += of["low"] <= 0 <= of["high"]
-    assert held["seeds and items"] >= 0.92 * 400
-    assert blind is None or held[blind] < 0.9 * 400
+    assert held["seeds and items"] >= 0.92 * 250
+    assert blind is None or held[blind] < 0.9 * 250
 
 
 def test_holm_by_hand():
