@@ -148,6 +148,8 @@ def runs_section(trained):
 
 
 def accuracy_chart(rows):
+    if not rows:
+        return page.paragraph(page.NOTHING)
     found = {(row["arm"], row["suite"]): as_bar(row["mean"], row["standard_error"]) for row in rows}
     arms, suites = (dict.fromkeys(names) for names in zip(*found))
     series = {arm: [found.get((arm, suite)) for suite in suites] for arm in arms}

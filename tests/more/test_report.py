@@ -202,7 +202,8 @@ def test_the_flux_of_content_words_is_compared_with_that_of_others_text_by_text(
     # p is 0.03 of the last one, and 0.07 after the correction for four comparisons
     assert lines["function", "fed"] == ["+0.220 [+0.018, +0.422] nats in 40 texts", "not shown"]
     assert lines["words", "fed"] == lines["words", "generating"] == ["", "too few tokens (29)"]
-    classes["copied"]["n"], here["content_against"]["copied"] = 30, {"texts": 1, **estimate(9.0, [])}
+    classes["copied"]["n"] = 30
+    here["content_against"]["copied"] = {"texts": 1, **estimate(9.0, [])}
     found = claims([], None, {"models": [{"title": "base", "generating": here, "fed": here}]})
     assert found[0][3] == "too few texts that have both"
 
