@@ -113,7 +113,7 @@ def shifts(arms):
 
 def shift_lines(result):
     """The `shifts` as header and lines of a table."""
-    return ["change of the share of |k|, in points", "from", *REGIONS], [
+    return ["shift of |k|, in points", "from", *REGIONS], [
         [arm, against, *map(points, changes)] for arm, against, *changes in
         shifts(result["arms"])]
 
