@@ -366,7 +366,7 @@ def measure_checkpoint(args, add):
 
 def measure_decoding(args, add, model, prompts, most, pairs=(), folder=None):
     """Answering prompts with at most so many tokens; the likelihood of (prompt, continuation)s."""
-    said, scores = model.generate(prompts, most), model.log_likelihood(*zip(*pairs)) if pairs else []
+    said = model.generate(prompts, most)
     add("decode", "new tokens in a row", statistics.mean(map(len, said)), "")
     decode = {"generate": lambda turn: model.generate(prompts, most)}
     rank = {"rank": lambda turn: model.log_likelihood(*zip(*pairs))}
@@ -374,11 +374,12 @@ def measure_decoding(args, add, model, prompts, most, pairs=(), folder=None):
         peer, ends = Peer(args, model, folder), set(model.config.eos_ids)
         decode["peer"] = lambda turn: peer.generate(prompts, most, ends)
         rank["peer"] = lambda turn: peer.rank(pairs)
-        differing = sum(ours != theirs for ours, theirs in zip(said, decode["peer"](0), strict=True))
+        differing = sum(ours != theirs for ours, theirs in zip(said, decode["peer"](0)))
         add("agree", "rows with other tokens", differing, f"of {len(prompts)}")
     in_turns(args, add, "decode", decode)
     if pairs and args.against:
-        apart = max(abs(ours - theirs) for ours, theirs in zip(scores, peer.rank(pairs)))
+        scores = zip(rank["rank"](0), rank["peer"](0), strict=True)
+        apart = max(abs(ours - theirs) for ours, theirs in scores)
         add("agree", "likelihoods", apart, "nats at most")
     in_turns(args, add, "rank", rank if pairs else {})
 

@@ -72,7 +72,7 @@ def test_merged_texts_have_the_hidden_states_and_gradients_of_each_alone(name):
     together, flux, _ = model.hidden(tokens, Steering("reg"), spread=spread)   # [1, N, d]
     pull = torch.randn(together.shape[1:], dtype=torch.float64)                # [N, d]
     places = [spread[row, :len(ids)] for row, ids in enumerate(texts)]
-    (model.logits(together[0]) * 0).sum().backward(retain_graph=True)          # dense, as in training
+    (model.logits(together[0]) * 0).sum().backward(retain_graph=True)
     sum((together[0, at] * pull[at]).sum() for at in places).backward()
     ours = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()

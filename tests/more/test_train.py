@@ -210,7 +210,7 @@ def test_a_bf16_run_resumes_to_the_same_weights_and_keeps_its_precision(place):
     whole, log = run(place, "bf16", *more, "--precision", "bf16")
     exact, exact_log = run(place, "fp32", *more, "--precision", "fp32")
     assert not same(whole, exact)
-    for line, other in zip(log, exact_log, strict=True):       # each step sees the weights before it
+    for line, other in zip(log, exact_log, strict=True):   # each sees the weights before it
         assert line["loss"] == pytest.approx(other["loss"], rel=0.01)
     assert abs(log[-1]["loss"] / log[0]["loss"] - 1) > 0.02
     with pytest.raises(KeyboardInterrupt):
