@@ -1,11 +1,12 @@
-"""Score a model on the paper's tasks.
+"""Score a model on the tasks of the paper (Tables 1 and 4, Fig. 3).
 
     python eval.py --model out/boolq-reg --task boolq,ARC-Easy --data data/public
     python eval.py --model out/llama-reg-seed0                    the toy world's tasks
     python eval.py --model data/toy/llama --change                how far eq. 4 moves its answers
 
 Every response is kept beside its verdict in MODEL/eval/, and an interrupted evaluation goes on.
-The model runs unsteered. Comparisons over seeds are the work of `python -m lab.experiment`.
+The model runs unsteered: our reading, since the paper does not say. Comparisons over seeds are the
+work of `python -m lab.experiment`.
 """
 import hashlib
 import json
@@ -439,7 +440,8 @@ COLUMNS = """
 accuracy   in percent, with its standard error, by the rules of LLM-Adapters, to be comparable
 chance     what guessing among the allowed answers scores
 nll        loss of the right response, in nats per token, with its standard error; less is better
-strict     accuracy under a stricter rule; where the two differ, read the responses
+strict     accuracy under a stricter rule, and yet it can be the higher one: where the two differ,
+           read the responses
 raw        with --score text: accuracy by the texts' likelihood, not by that per character
 unparsed   how many responses held no answer
 left out   items without an nll: the file has no response, or one that ends in another answer"""
@@ -462,7 +464,8 @@ def read_settings(argv=None):
     add("--out", metavar="DIR", help="where responses and scores go (default: MODEL/eval)")
     add("--limit", type=positive, metavar="N", help="only the first N items of each task")
     add("--max-new-tokens", type=positive, metavar="N",
-        help="(default: 32 for choice tasks, as in LLM-Adapters; 256 for arithmetic)")
+        help="(default: 32 for choice tasks, as in LLM-Adapters; 256 for arithmetic, as in the "
+        "paper for all, Appendix A)")
     add("--steered", action="store_true", help="keep the steering of the forward pass that the "
         "model was trained with (default: unsteered)")
     add("--change", action="store_true", help="instead of scoring: say how far the default "

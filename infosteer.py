@@ -42,11 +42,12 @@ def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude"
 
         k_s <- alpha * mean_i(k_i)      for the max(1, round(p * d_m)) smallest k_s of each token
 
-    The mean is taken before the update. The gradient flows through the mean, not through replaced
-    entries. The paper does not say what "smallest" means once k has both signs, as in gated layers:
+    The mean is taken before the update. Our readings: p * d_m is rounded, and the gradient flows
+    through the mean, not through replaced entries. Nor does the paper say what "smallest" means
+    once k has both signs, as in gated layers (section 4.4):
     - "magnitude": the smallest |k| become alpha * mean|k| and keep their sign. A zero counts as
-      positive. These are the idle memories, which the method means to wake. The best outside
-      support for this reading is Kim et al. 2025, whom the paper cites: see `resuscitation`.
+      positive. These are the idle memories. It is our reading, and its best outside support is the
+      code of Kim et al. 2025, whom the paper cites: see `resuscitation`.
     - "value": the smallest k become alpha * mean(k). This is the literal reading. It picks the most
       negative coefficients. These belong to very active memories. Report both settings.
     - "random": as many k become alpha * mean|k| and keep their sign. This is no reading but a
@@ -72,13 +73,13 @@ def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude"
 
 def key_entropy(k, normalise: str = "magnitude"):
     """Entropy of the key distribution (eq. 5): k [..., d_m] -> [...] in nats, from 0 (one memory)
-    to log d_m (all alike). For one token, this value is the paper's information flux (section 6).
+    to log d_m (all alike). For one token, it is the paper's information flux (section 6.2).
 
         H = -sum_i q_i log q_i      q_i = |k_i| / sum_j |k_j|      "magnitude"
                                     q = softmax(k)                 "softmax", the other reading
 
-    The paper writes k / sum k, which needs k >= 0. Sums are kept in fp32 (fp64 for fp64 input). If
-    all k are 0, they count as uniform.
+    Eq. 5 has k / sum k, which needs k >= 0; both of these are our readings. Sums are kept in fp32
+    (fp64 for fp64 input). If all k are 0, they count as uniform.
 
     >>> key_entropy(torch.tensor([[1., -1., 1., -1.], [0., 5., 0., -5.]]))        # log 4, log 2
     tensor([1.3863, 0.6931])
@@ -325,7 +326,7 @@ def merged_surrogates(steering, before):
 
 def group_strengths(groups, usage, beta_max: float):
     """beta_g = clip(mean usage of all groups / usage of g, 0, beta_max) of each memory's group:
-    groups [d_m], usage = mean |k_i| [d_m] -> [d_m]. The paper gives no rule; this one is ours."""
+    groups [d_m], usage = mean |k_i| [d_m] -> [d_m]. B.1 gives no rule; this one is ours."""
     sizes = groups.bincount()                                                      # [groups]
     of_group = usage.new_zeros(len(sizes)).float().index_add_(0, groups, usage.float()) / sizes
     return (of_group.mean() / of_group.clamp_min(1e-37)).clamp(0, beta_max)[groups]
@@ -347,8 +348,9 @@ def entropy(log_p):
 
 
 def divergence(target, log_p, of: str = "target"):
-    """KL(target || P) in nats; of="memory": KL(P || target), as "divergence from the target" reads,
-    infinite where the target is 0. target [V] sums to 1, log P [..., V] -> [...]."""
+    """KL(target || P) in nats; of="memory": KL(P || target), as the words of B.2, "divergence from"
+    a target, read. It is infinite where the target is 0, and the default, which is not, is our
+    choice. target [V] sums to 1, log P [..., V] -> [...]."""
     if of == "memory":
         return -entropy(log_p) - log_p.exp() @ target.log()
     return -torch.special.entr(target).sum() - log_p @ target
@@ -356,7 +358,8 @@ def divergence(target, log_p, of: str = "target"):
 
 def relevance(entropies, divergences, lambda_1: float = 1.0, lambda_2: float = 1.0):
     """S(phi_i) = -lambda_1 H(P_i) - lambda_2 `divergence` of P_i of the memories of one layer, both
-    [d_m] -> [d_m], standardised to mean 0 and standard deviation 1 (0 where all are alike)."""
+    [d_m] -> [d_m], standardised to mean 0 and standard deviation 1 (0 where all are alike). It is
+    our reading of B.2, by which relevance falls with the entropy and with the divergence."""
     score = -lambda_1 * entropies - lambda_2 * divergences
     score = score - score.mean()
     spread = score.std(correction=0)
@@ -369,7 +372,8 @@ def mixture_entropy(k, says):
 
     Two approximations make it affordable. Like tokens are merged into C groups, says[i, c] being
     the sum of P_i over group c: a lower bound, and equal to H(M) for C = V. And P_i is that of the
-    model before training. The mixture is our invention, the paper gives no formula for this."""
+    model before training. The mixture is our invention: the paper has no formula for the surrogate
+    entropy of B.2 and Table 7."""
     with torch.autocast(k.device.type, enabled=False):         # x log x needs more digits than bf16
         a = k.to(accumulate(k)).abs()
         tiny = torch.finfo(a.dtype).tiny

@@ -60,14 +60,14 @@ STEERING_FLAGS = {                     # name: (type or choices, what it means)
     "buckets": (positive, "surrogate-entropy: groups of like tokens in place of the vocabulary"),
     "layers": (str, "steer these only, from 1: 1-8 or 1,4,9-12 or 1-8:alpha=2,9-16:alpha=3"),
 }
-RECIPE_FLAGS = {       # name: (type, the paper's Appendix A, for the models in data/toy, meaning)
+RECIPE_FLAGS = {       # name: (type, the paper's Appendix A or none, for data/toy, meaning)
     "epochs": (positive, 1, 3, "passes over the data"),
     "steps": (positive, None, None, "stop after so many optimizer steps, where the schedule ends"),
     "batch": (positive, 64, 32, "sequences in an optimizer step"),
     "max_length": (positive, 256, 256, "tokens of prompt and response; the rest is cut off"),
     "lr": (not_negative, 5e-5, 2e-4, "peak learning rate"),
-    "warmup": (whole, 100, 20, "steps of linear warm-up, before linear decay to 0"),
-    "weight_decay": (not_negative, 0.01, 0.01, "of matrices; norms and biases have none"),
+    "warmup": (whole, 100, 20, "steps of linear warm-up; then linear decay to 0, our reading"),
+    "weight_decay": (not_negative, 0.01, 0.01, "of matrices alone, which is our reading"),
     "clip": (not_negative, 1.0, 1.0, "largest gradient norm; 0 does not clip"),
     "eval_every": (positive, None, None, "log the loss of held-out rows every so many steps"),
     "held_out": (positive, None, None, "rows held out, drawn by seed; 64 with --eval-every"),
@@ -110,12 +110,12 @@ def make_parser():
         "entropy: reward the entropy of what the memories say together (B.2). Rivals: dropout, of "
         "key coefficients; knowledge-entropy: reward the entropy of the mean key distribution; "
         "resuscitation: scale up idle keys once, before training")
-    usual = {**vars(Steering()), "layers": "all"}
+    usual = {**vars(Steering()), "layers": "all"}  # p, alpha, lam: section 5.1; the others: ours
     for name, (kind, meaning) in STEERING_FLAGS.items():
         add(flag(name), help=f"{meaning} (default: {usual[name]})",
             **{"choices" if isinstance(kind, tuple) else "type": kind})
 
-    add = parser.add_argument_group("recipe (defaults: the paper's, Appendix A)").add_argument
+    add = parser.add_argument_group("recipe (defaults: Appendix A, where it has one)").add_argument
     for name, (kind, paper, toy, meaning) in RECIPE_FLAGS.items():
         usual = f"{paper}; {toy} for the models in data/toy" if toy != paper else paper
         add(flag(name), help=f"{meaning} (default: {usual})",
@@ -289,11 +289,12 @@ def step_loss(model, rows, n_supervised, n_tokens, steering, checkpoint=False, d
 
         loss = L_LM - reward        reward = sum_l lambda_l (mean of H over the step's tokens)
 
-    L_LM is the mean of -log p(y|x). `smoothing` gives a share of it to the mean over all y (Szegedy
-    et al. 2016); `penalty` subtracts so many times the entropy of p(.|x) (Pereyra et al. 2017).
-    `shared` reads what rows begin with once for all of them, without padding.
-    n_supervised and n_tokens count the whole step, so that every supervised token of a step weighs
-    the same in whichever micro-batch. -> loss; without gradient L_LM, reward, flux [n_layers]."""
+    Which tokens count, those of prompts too, is our reading. L_LM is the mean of -log p(y|x).
+    `smoothing` gives a share of it to the mean over all y (Szegedy et al. 2016); `penalty`
+    subtracts so many times the entropy of p(.|x) (Pereyra et al. 2017). `shared` reads what rows
+    begin with once for all of them, without padding. n_supervised and n_tokens count the whole
+    step, so that every supervised token of a step weighs the same in whichever micro-batch.
+    -> loss; without gradient L_LM, reward, flux [n_layers]."""
     device = device or model.embed.weight.device
     inputs, targets, real = collate(rows)
     at = supervised = (targets.flatten() != IGNORE).nonzero()[:, 0]    # [S]  on the CPU: no waiting

@@ -9,7 +9,8 @@ github.com/AGI-Edgerunners/LLM-Adapters): a list of {"instruction", "input", "ou
 
 A task of one's own needs a DIR/<task>/task.json besides; `python data/prepare.py --help` shows it.
 Every response is scored twice: by the rule of the literature, so that numbers can be compared, and
-by a strict one, which accepts only what the response states. Where they differ, read the responses.
+by a strict one, which accepts only what the response states. The strict one can be the higher one:
+where they differ, read the responses.
 """
 import difflib
 import json
@@ -129,7 +130,8 @@ def _arithmetic(name, answers=(), rules=(last_number, stated_number), source=Non
 # LLM-Adapters looks for all five labels in four tasks, so "answer5" is read, and wrong, where an
 # item has four. It shows boolq without its passage: a test of knowledge and not of reading. A few
 # ARC items have 3 or 5 choices, and their own format line says so. Of gsm8k we take OpenAI's files,
-# because a machine wrote the rationales of LLM-Adapters' copy. AQuA is not in the paper's Table 4.
+# because a machine wrote the rationales of LLM-Adapters' copy. The paper says both "no rationales"
+# (in distribution) and "typically included" (out of it); here they are. AQuA is not in its Table 4.
 _FIVE = ("answer1", "answer2", "answer3", "answer4", "answer5")
 TASKS = {task.name: task for task in (
     _choice("boolq", ("true", "false"), 2, train=9427, test=3270),

@@ -1,4 +1,4 @@
-"""Information flux: how many memories each token of a text activates (paper, section 6).
+"""Information flux: how many memories each token of a text activates (section 6.2, Table 5).
 
     python -m lab.flux --text "The town of Ulmo Zeller is Kestow."     start here: one text
     python -m lab.flux                   answers of the base model and of the runs in out/
@@ -33,12 +33,12 @@ POSITIONS = {"generating": "where each token is generated", "fed": "where each t
 ABOUT = """The flux of a token is the entropy of its key distribution in nats, averaged over layers.
 It is 0 where one memory does all the work and log d_m where all memories are equally active. It is
 read at two positions. Generating: where the token before it is fed, for there the model predicts
-it: the paper counts memories that are active during token generation. Fed: where the token
-itself is fed. The two rank words differently, so all tables have both. The very first place
-is not read: models rest their attention there, and its flux is far below all others. So nothing is
-known of how the first token of a text is generated, nor of where it is fed if the tokenizer puts
-nothing before it. The levels low, middle and high are thirds of all tokens that a model has read.
-So compare levels within a model, and means between models."""
+it. This is our reading of section 6.2, where memories are active "during token generation". Fed:
+where the token itself is fed. The two rank words differently, so all tables have both. The very
+first place is not read: models rest their attention there, and its flux is far below all others. So
+nothing is known of how the first token of a text is generated, nor of where it is fed if the
+tokenizer puts nothing before it. The levels low, middle and high are thirds of all tokens that a
+model has read. So compare levels within a model, and means between models."""
 ABOUT_CLASSES = """In nats ± standard error (number of tokens). A token has the class of its word,
 the first of these that fits: punctuation (with symbols and white space), function words, copied
 from the prompt (a content word or number that stands there), digits, content words. Errors are

@@ -11,8 +11,8 @@ equally probable, and 1 if the memory says one token only:
     P_i = softmax(v_i W_decode)            Spec_i = 1 - H(P_i) / log V            --decode raw
     P_i = softmax(norm(v_i) W_decode)                                             --decode lens
 
-The first is the paper's. The lens is what the model would say if v_i were all that it had found: a
-hidden state goes through the final norm, and what a block of Gemma adds through a norm before that.
+The first is that of section 4.3. The lens is ours: what the model would say if v_i were all that it
+had found. A hidden state goes through the final norm, and in Gemma through a norm before that.
 Spec depends on the length of the vector: raw, it is near 0 for short ones; by the lens, 1 for many.
 The clarity does not. It is how many standard deviations above the mean of all V logits the fifth
 largest lies.

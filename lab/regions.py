@@ -3,8 +3,9 @@
     python -m lab.regions --runs out        the base model and its fine-tuned runs in the folder out
 
 In each layer, the 25th and the 75th percentile of the base model's coefficients are the ends of a
-low, a middle and a high region. The shares of the regions are 25%, 50% and 25% in the base model.
-A run is asked what share of its own coefficients falls into each. There are two readings:
+low, a middle and a high region: 25%, 50% and 25% of them. A run is asked what share of its own
+coefficients falls into each. Fig. 4 shows the shift from the base model; the shift from plain
+fine-tuning beside it is ours. The paper speaks of k, and where k has signs, there are two readings:
 
     |k|   low is idle, high is very active
     k     the literal reading: low is strongly negative, which is very active too

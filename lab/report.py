@@ -48,7 +48,7 @@ PAIRED = "int", "int-value"            # they differ from RANDOM in the choice o
 RANDOM = "int-random"
 IDLE = "Raising the smallest coefficients beats raising random ones (not in the paper)"
 RIVALRY = "A control or rival beats plain fine-tuning (not in the paper)"
-MOVES = (                              # Fig. 4: method, region of |k|, sign of the change, claim
+MOVES = (  # Fig. 4, shifts from the base model: method, region of |k|, sign of the change, claim
     ("none", "low", 1, "Plain fine-tuning moves coefficients into the low region (Fig. 4)"),
     ("int", "low", -1, "int moves coefficients out of the low region (Fig. 4)"),
     ("int", "high", 1, "int moves coefficients into the high region (Fig. 4)"),
@@ -97,7 +97,7 @@ def claims(rows, regions, flux):
             moves.append((claim, f"{arm} against {against}", points(of), of, sign))
     for model, at, name in product(flux["models"] if flux else (), POSITIONS, LESS_FLUX):
         of, classes = model[at]["content_against"][name], model[at]["classes"]
-        where = (f"Content words have more flux than {LESS_FLUX[name]} (section 6)",
+        where = (f"Content words have more flux than {LESS_FLUX[name]} (section 6.2)",
                  f"answers of {model['title']}, {at}")
         if (n := min(classes["content"]["n"], classes[name]["n"])) < LEAST:
             found.append([*where, "", f"too few tokens ({n})"])
@@ -120,7 +120,8 @@ def claims_section(found):
     every = page.table(["claim", "here", "difference", "verdict"], found, note=(
         "Differences have 95% intervals: of accuracies, in points, and of nll, as in the tables "
         "below; of shares of the coefficients, in points, over seeds; of flux, over texts. "
-        "Verdicts are after Holm's correction, of all accuracies, all nll, all shares, all flux."))
+        "Verdicts are after Holm's correction, of all accuracies, all nll, all shares, all flux. "
+        "So an interval may exclude zero where the verdict is \"not shown\"."))
     return page.table(["claim", "comparisons here", *VERDICTS], lines) + (
         f"<details><summary>Every comparison</summary>{every}</details>")
 

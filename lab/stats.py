@@ -456,8 +456,10 @@ FOOTNOTE = """Accuracy, and nll, the loss of the right response in nats per toke
 mean ± standard error over seeds. The difference to none, plain fine-tuning, is paired by seed and
 by item. Its 95% interval is over seeds and items together; if it says (items), over the items of
 one seed, and nothing is said of other seeds; if (seeds), over seeds alone. "not shown": p is 0.05
-or more after Holm's correction for all differences in the table. A seed draws the order of the
-training data only: no interval says anything of other checkpoints or worlds."""
+or more after Holm's correction for all differences in the table. An interval is not corrected, so
+it may exclude zero and the verdict still be "not shown", because of the number of comparisons. A
+seed draws the order of the training data only: no interval says anything of other checkpoints or
+worlds."""
 EXCLUDES = "\nexcludes: the paper's difference to none, if the interval here does not hold it."
 
 

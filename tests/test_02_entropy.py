@@ -1,4 +1,4 @@
-"""The entropy of the key distribution (eq. 5), which the paper calls information flux.
+"""The entropy of the key distribution (eq. 5), which section 6.2 calls information flux.
 
 After reading this you know what it computes and how it grows, its two readings, its gradient, and
 what becomes of it in bf16 and where coefficients are 0. The last tests hand wrong answers to the

@@ -327,6 +327,7 @@ def test_the_paper_s_figures_stand_beside_ours():
     assert lines[2].split() == ["none", "2", "55.0", "±", "5.0", "81.2"]
     assert lines[3].split()[5:] == ["+10.0", "[+10.0,", "+10.0]", "(seeds)", "83.3", "+2.1"]
     assert text.endswith("if the interval here does not hold it.")
+    assert "it may exclude zero and the verdict still be \"not shown\"" in text
 
 
 # --------------------------------------------------------------------------------- item by item
