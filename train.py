@@ -101,7 +101,8 @@ def make_parser():
         "(default: out/MODEL-ARM-seedN)")
 
     add = parser.add_argument_group(
-        "steering (a flag that means nothing for the method is refused)").add_argument
+        "steering (a flag that means nothing for the method is refused; the defaults of p, alpha "
+        "and lam are those of section 5.1, all others are ours)").add_argument
     add("--steer", choices=METHODS, default="none", help="none: plain fine-tuning; int: raise the "
         "smallest key coefficients in the forward pass (eq. 4); reg: reward the entropy of the key "
         "distribution in the loss (eq. 5); semantic, activation: one of these, with a strength for "
@@ -110,7 +111,7 @@ def make_parser():
         "entropy: reward the entropy of what the memories say together (B.2). Rivals: dropout, of "
         "key coefficients; knowledge-entropy: reward the entropy of the mean key distribution; "
         "resuscitation: scale up idle keys once, before training")
-    usual = {**vars(Steering()), "layers": "all"}  # p, alpha, lam: section 5.1; the others: ours
+    usual = {**vars(Steering()), "layers": "all"}
     for name, (kind, meaning) in STEERING_FLAGS.items():
         add(flag(name), help=f"{meaning} (default: {usual[name]})",
             **{"choices" if isinstance(kind, tuple) else "type": kind})

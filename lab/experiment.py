@@ -69,8 +69,7 @@ def table8(n_layers):
             (Steering("int", layers=at(late)), 72.9),
             (Steering("int", layers=at(early + middle)), 76.3),
             (Steering("int", layers=at(middle + late)), 74.5),
-            # The strengths that the paper's text states. It has no figure for them together, and
-            # that all other rows of Table 8 have alpha 1 is our reading.
+            # The strengths that the paper's text states. It has no figure for them together.
             (Steering("int", layers={**at(early, alpha=2.0), **at(middle, alpha=3.0),
                                      **at(late, alpha=1.0)}), None),
             (Steering("reg", lam=0.05, layers=at(middle)), 74.9),
@@ -97,9 +96,10 @@ SOURCES = {
     "table1": "Table 1, mean over its models", "table2": OF_TABLE_2, "controls": OF_TABLE_2,
     "table4": "Table 4, GSM8K and mean of five other sets",
     "table6": "mean over Table 6" + MARGINAL, "table7": "mean over Table 7" + MARGINAL,
-    "table8": "Table 8, mean accuracy (it does not say over what; for none, that of Table 2)"}
-# What separates steering from its rivals. The strengths were fixed before any of these was run: the
-# paper's for int and reg, those of int and reg for their controls, and else the usual ones.
+    "table8": "Table 8, mean accuracy; it does not say over what; for none, that of Table 2. That "
+              "its rows have alpha 1 is our reading: the text has 2, 3, 1 for early, middle, late"}
+# What separates steering from its rivals. The strengths were fixed before any of these was run: of
+# section 5.1 and Table 2 for int and reg, the same for their controls, and else the usual ones.
 CONTROLS = [                           # flags of train.py
     "--steer none", "--steer int", "--steer int --rank-by value", "--steer int --rank-by random",
     "--steer dropout", "--steer dropout --p 0.1",  # in as many memories as int; as is usual
