@@ -232,11 +232,13 @@ def describe(path, settings):
                            "older one made this run, train it again")
     arm = "base" if base else settings.get("arm", steering_from(settings["steering"], path).name)
     scores, losses, scored_by = {}, {}, {}
-    for file in path.parent.glob("eval/*.json"):
+    files = {file.stem.removesuffix("-nll"): file for file in sorted(
+        path.parent.glob("eval/*.json"), key=lambda file: not file.stem.endswith("-nll"))}
+    for task, file in files.items():   # the loss alone counts where there is no accuracy
         summary = read_json(file)
-        own = summary.get("task_json") and OWN_NAME.fullmatch(file.stem)
-        if file.stem in TASKS or file.stem in TOY or own and summary.get("task") == file.stem:
-            scores[file.stem], losses[file.stem] = summary.get("accuracy"), summary.get("nll")
+        own = summary.get("task_json") and OWN_NAME.fullmatch(task)
+        if task in TASKS or task in TOY or own and summary.get("task") == task:
+            scores[task], losses[task] = summary.get("accuracy"), summary.get("nll")
             for name, most in (("accuracy", 1), ("nll", 1e30)):
                 value = summary.get(name)
                 fits = type(value) in (int, float) and 0 <= value <= most
@@ -245,10 +247,10 @@ def describe(path, settings):
             if base and summary.get("model_sha256", sha := settings["model_sha256"]) != sha:
                 raise BadInput(f"{file}: holds scores of another model than {path} names; score it "
                                "again (--overwrite)")
-            scored_by[file.stem] = {key: summary.get(key) for key in SCORED_BY}
+            scored_by[task] = {key: summary.get(key) for key in SCORED_BY}
     return [{"arm": arm, "folder": path.parent, "settings": settings, "scores": scores,
              "nll": losses, "scored_by": scored_by,
-             "files": {task: path.parent / "eval" / f"{task}.jsonl" for task in scores},
+             "files": {task: files[task].with_suffix(".jsonl") for task in scores},
              **{name: settings.get(name) for name in ("model", "model_sha256", "seed")}}]
 
 

@@ -310,6 +310,10 @@ def test_arms_are_compared_by_nll_alone_on_other_tasks(made, tmp_path, capsys):
     assert all(row["mean"] is None and row["nll"] > 0 for row in rows.values())
     assert all(len(run["items"]["plain"]) == 4 and run["items"]["plain"][0]["correct"] is None
                for run in found["runs"])
+    experiment.main(["--compare", str(tmp_path / "out"), "--json"])
+    again = {(row["arm"], row["suite"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {key: row["nll"] for key, row in again.items()} == {
+        key: row["nll"] for key, row in rows.items()}
 
 
 @pytest.mark.parametrize("how", ["generate", "choice", "text"])
