@@ -232,23 +232,25 @@ def describe(path, settings):
                            "older one made this run, train it again")
     arm = "base" if base else settings.get("arm", steering_from(settings["steering"], path).name)
     scores, losses, scored_by = {}, {}, {}
-    for file in path.parent.glob("eval/*.json"):
+    files = {file.stem.removesuffix("-nll"): file for file in sorted(
+        path.parent.glob("eval/*.json"), key=lambda file: not file.stem.endswith("-nll"))}
+    for task, file in files.items():   # the loss alone counts where there is no accuracy
         summary = read_json(file)
-        own = summary.get("task_json") and OWN_NAME.fullmatch(file.stem)
-        if file.stem in TASKS or file.stem in TOY or own and summary.get("task") == file.stem:
-            scores[file.stem], losses[file.stem] = summary.get("accuracy"), summary.get("nll")
+        own = summary.get("task_json") and OWN_NAME.fullmatch(task)
+        if task in TASKS or task in TOY or own and summary.get("task") == task:
+            scores[task], losses[task] = summary.get("accuracy"), summary.get("nll")
             for name, most in (("accuracy", 1), ("nll", 1e30)):
                 value = summary.get(name)
                 fits = type(value) in (int, float) and 0 <= value <= most
-                if not fits and (name, value) != ("nll", None):
+                if not fits and (value is not None or name != "nll" != summary.get("score")):
                     raise BadInput(f"{file}: {name} is {value!r}; score it again (--overwrite)")
             if base and summary.get("model_sha256", sha := settings["model_sha256"]) != sha:
                 raise BadInput(f"{file}: holds scores of another model than {path} names; score it "
                                "again (--overwrite)")
-            scored_by[file.stem] = {key: summary.get(key) for key in SCORED_BY}
+            scored_by[task] = {key: summary.get(key) for key in SCORED_BY}
     return [{"arm": arm, "folder": path.parent, "settings": settings, "scores": scores,
              "nll": losses, "scored_by": scored_by,
-             "files": {task: path.parent / "eval" / f"{task}.jsonl" for task in scores},
+             "files": {task: files[task].with_suffix(".jsonl") for task in scores},
              **{name: settings.get(name) for name in ("model", "model_sha256", "seed")}}]
 
 
@@ -351,12 +353,16 @@ def items_of(run, task):
     kept[task] = {}                                            # what is damaged is said once
     try:
         for row, line in enumerate(path.read_bytes().splitlines(), 1):
-            item = json.loads(line)
-            right, nll = item["correct"], item.get("nll")      # none by an older version
-            if type(right) is not bool or not 0 <= (nll or 0) <= 1e30:
+            item = dict(json.loads(line))
+            right, nll = item.get("correct"), item.get("nll")  # no answers; by an older version
+            if type(right) not in (bool, type(None)) or not 0 <= (nll or 0) <= 1e30:
                 raise ValueError(f"correct is {right!r}, nll {nll!r}")
-            found[item["index"]] = float(right), nll
-        if abs(sum(right for right, _ in found.values()) / row - run["scores"][task]) > 1e-9:
+            found[item["index"]] = None if right is None else float(right), nll
+        rights, accuracy = [right for right, _ in found.values()], run["scores"][task]
+        if None in rights or accuracy is None:
+            if accuracy is not None or {*rights} != {None}:
+                raise ValueError("no answers")
+        elif abs(sum(rights) / row - accuracy) > 1e-9:
             raise ValueError("another accuracy")
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise BadInput(f"{path}, line {row}: not the items of its summary ({error}); score it "
@@ -511,6 +517,8 @@ def comparison_table(rows, paper={}):
     texts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         ours = [row for row in rows if row["model"] == model]
-        texts += [page.visible(model), page.columns(*lines_of(ours, paper)),
-                  page.columns(*lines_of(ours, measure="nll_"))]
+        texts += [page.visible(model)]
+        texts += [page.columns(*lines_of(ours, paper if not measure else {}, measure))
+                  for measure, mean in (("", "mean"), ("nll_", "nll"))
+                  if any(row[mean] is not None for row in ours)]
     return "\n\n".join([*texts, FOOTNOTE + EXCLUDES * bool(paper)])
