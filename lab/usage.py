@@ -1,4 +1,4 @@
-"""How evenly does a model use its memories? The premise of the method, layer by layer.
+"""How evenly does a model use its memories? The premise, as we read it, layer by layer.
 
     python -m lab.usage                                            data/toy/llama
     python -m lab.usage --model DIR --task boolq,gsm8k --data data/public --items 300
