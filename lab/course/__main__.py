@@ -1,4 +1,4 @@
-"""A course on this code: hand out, check, hint, grade.
+"""A course on this code: hand out, check, hint, grade. README.md beside this file is for teachers.
 
     python -m lab.course                          what there is
     python -m lab.course handout 2 --out DIR      a tree for students
@@ -6,21 +6,19 @@
     python -m lab.course hint 2                   the next of three hints
     python -m lab.course grade DIR 2 --results results.json --seed 7       for teachers
     python -m lab.course selftest                 is the grader right?
-
-Every command works offline. README.md beside this file is for teachers.
 """
 import importlib
 import sys
 
 from data import BadInput, Parser, command, positive, whole
-from lab.course import HERE, PUBLIC_SEED, load, numbers, title
+from lab.course import HERE, load, numbers, title
 from lab.course.check import SECONDS, check, hint
 
 
 def teacher(name):
-    """A module that no hand-out has. Raises BadInput in one."""
+    """A module of the kit that no hand-out has. Raises BadInput in one."""
     if not (HERE / f"{name}.py").is_file():
-        raise BadInput(f"{name}: this is a hand-out; the whole project has that command")
+        raise BadInput("this is a hand-out; the whole project has that command")
     return importlib.import_module(f"lab.course.{name}")
 
 
@@ -28,50 +26,48 @@ def show():
     print(f"{'':<4}{'assignment':<44}{'minutes':>8}{'points':>8}   what is blanked")
     for number in numbers():
         one = load(number)
-        blanked = ", ".join(name.split("::")[-1] for name in one.BLANK)
-        print(f"{number:<4}{title(one):<44}{one.MINUTES:>8}{one.POINTS:>8}   {blanked}")
+        print(f"{number:<4}{title(one):<44}{one.MINUTES:>8}{one.POINTS:>8}   "
+              + ", ".join(name.split("::")[-1] for name in one.BLANK))
     print("\npython -m lab.course --help shows the commands")
 
 
 def read_settings(argv=None):
-    parser = Parser(prog="lab.course", description=__doc__)
-    commands = parser.add_subparsers(dest="command", title="commands")
-
-    def add(name, help, numbered=True):
-        one = commands.add_parser(name, help=help, description=help, prog=f"lab.course {name}")
-        if name == "grade":
-            one.add_argument("tree", metavar="DIR", help="the student's tree")
-        if numbered:
-            one.add_argument("number", type=int, choices=numbers(), help="of the assignment")
-        return one.add_argument
-
-    add("handout", "make the tree that students get")(
-        "--out", metavar="DIR", required=True, help="a new or empty folder")
-    add("check", "points of this tree by the public checks, and what is wrong")
-    add("hint", "the next of three hints: concept, formula, the line in words")
-    grading = add("grade", "grade a student's tree; the verdict is in Gradescope's format")
-    grading("--results", metavar="FILE", default="results.json", help="(default: results.json)")
-    grading("--seed", type=whole, help=f"of the hidden checks, not {PUBLIC_SEED} (default: drawn)")
-    grading("--seconds", type=positive, default=SECONDS,
-            help=f"for each part of the assignment (default: {SECONDS})")
-    add("selftest", "grade the grader: known right and wrong answers", numbered=False)(
-        "number", nargs="*", type=int, help="assignments (default: all)")
+    parser = Parser(prog="python -m lab.course", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    adds = {name: commands.add_parser(name, help=meaning, description=meaning).add_argument
+            for name, meaning in {
+                "handout": "make the tree that students get",
+                "check": "points of this tree by the public checks, and what is wrong with it",
+                "hint": "show the next of three hints: concept, formula, the line in words",
+                "grade": "grade the tree of a student; the verdict has Gradescope's format",
+                "selftest": "grade the grader by its known right and wrong answers"}.items()}
+    adds["grade"]("tree", metavar="DIR", help="the folder that the student hands in")
+    for name, add in adds.items():
+        add("number", type=int, choices=numbers(), help="of the assignment",
+            **{"nargs": "*"} if name == "selftest" else {})
+    adds["handout"]("--out", metavar="DIR", required=True, help="a new or an empty folder")
+    adds["grade"]("--results", metavar="FILE", default="results.json",
+                  help="the verdict (default: %(default)s)")
+    adds["grade"]("--seed", type=whole, help="of the hidden checks, above 0 (default: drawn)")
+    adds["grade"]("--seconds", type=positive, default=SECONDS,
+                  help="for each part of the assignment (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = read_settings(argv)
     if args.command is None:
-        return show()
-    if args.command == "check":
-        return check(args.number)
-    if args.command == "hint":
-        return hint(args.number)
-    if args.command == "handout":
-        return teacher("handout").handout(args.number, args.out)
-    if args.command == "grade":
-        return teacher("grade").grade(args.tree, args.number, args.results, args.seed, args.seconds)
-    sys.exit(teacher("selftest").main(args.number or numbers()))
+        show()
+    elif args.command == "check":
+        check(args.number)
+    elif args.command == "hint":
+        hint(args.number)
+    elif args.command == "handout":
+        teacher("handout").handout(args.number, args.out)
+    elif args.command == "grade":
+        teacher("grade").grade(args.tree, args.number, args.results, args.seed, args.seconds)
+    else:
+        sys.exit(teacher("grade").selftest(args.number or numbers()) > 0)
 
 
 if __name__ == "__main__":

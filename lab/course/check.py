@@ -1,12 +1,15 @@
 """Compare what students' code gives with what the reference and the known wrong answers give.
 
-An outcome is what one part of an assignment gave: (cases, error), with cases {name: tensor} in
-order, and error a line of text or "". Answers are {name: {part: outcome}}; "reference" is one.
+An outcome is what one part of an assignment gave: (cases {name: tensor} in order, an error or "").
+Answers are {name: {part: outcome}}, and one of them is "reference".
 """
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,102 +19,66 @@ from safetensors.torch import save_file
 from data import BadInput, read_json, write_whole
 from lab.course import EXPECTED, PUBLIC_SEED, ROOT, SHARES, load, title
 
-SECONDS = 20                           # for each part of an assignment; the reference takes one
+SECONDS = 20                           # for each part; the reference takes one or two
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
-# ----------------------------------------------------------------------------------- outcomes
+# -------------------------------------------------------------------------- outcomes, as files
 
 
-def request(jobs, tree=ROOT, **more):
-    """Run jobs of `probe.py` -> what it printed. jobs: [(tree, number, [(part, seed, file)])]."""
-    text = json.dumps({"jobs": [[str(where), number, [[part, seed, str(file)] for part, seed, file
-                                                      in parts]] for where, number, parts in jobs],
-                       **more})
-    program = [sys.executable, "-B", str(Path(tree, "lab", "course", "probe.py"))]
-    return subprocess.run(program, input=text, text=True, check=False, capture_output="write" in more)
+def outcomes(number, trees, seeds, folder, seconds=SECONDS, apart=True, request={}, **process):
+    """Run an assignment's parts on trees {name: tree} -> ({seed: answers}, what probe.py printed).
+    apart: each part in a process of its own. request: more for probe.py."""
+    files = {(name, seed, part): Path(folder, f"{n}-{seed}-{i}") for n, name in enumerate(trees)
+             for seed in seeds for i, part in enumerate(load(number).PARTS)}
+    jobs = [[str(trees[name]), number, [[part, seed, str(file)]]]
+            for (name, seed, part), file in files.items()]
+    if not apart:
+        jobs = [[str(tree), number, [[part, seed, str(file)] for (one, seed, part), file
+                                     in files.items() if one == name]]
+                for name, tree in trees.items()]
+    program = [sys.executable, "-B", str(Path(jobs[0][0], "lab", "course", "probe.py"))]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=request and subprocess.PIPE or None,
+                          text=True, start_new_session=True, **process) as running:
+        try:
+            said, _ = running.communicate(
+                json.dumps({"jobs": jobs, "seconds": seconds, **request}), len(jobs) * seconds + 60)
+        except (subprocess.TimeoutExpired, BrokenPipeError):   # it was stopped, or killed
+            said = ""
+        running.kill()
+        with suppress(OSError, AttributeError):                # what it left behind; not on Windows
+            os.killpg(running.pid, signal.SIGKILL)
+    return {seed: {name: {part: read_outcome(files[name, seed, part])
+                          for part in load(number).PARTS} for name in trees} for seed in seeds}, said
 
 
 def read_tensors(path):
-    """-> ({name: tensor}, about). It is not `model.read_tensors`: students change model.py."""
+    """-> {name: tensor}, about. It is not `model.read_tensors`: students change model.py."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata()
 
 
 def read_outcome(path):
-    """What `probe.py` wrote for one part."""
     try:
-        if not Path(path).is_file():   # a pipe would let us wait for ever
+        if not path.is_file():         # a pipe would let us wait for ever
             return {}, "Ended: the process that ran it ended by itself"
         cases, about = read_tensors(path)
         return cases, about["error"]
     except (SafetensorError, OSError, TypeError, KeyError):
-        return {}, "Ended: it wrote something that is no result"
-
-
-def same(one, other):
-    """Are two tensors the same but for rounding? A NaN equals a NaN."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    close = CLOSE.get(one.dtype, 0)
-    return torch.allclose(one.double(), other.double(), rtol=close, atol=close, equal_nan=True)
-
-
-def agree(one, other):
-    """Are two outcomes the same? Of errors only their kind is compared."""
-    return (one[0].keys() == other[0].keys() and one[1].split(":")[0] == other[1].split(":")[0]
-            and all(same(one[0][case], other[0][case]) for case in one[0]))
-
-
-def diagnose(found, answers, sentences):
-    """{part: None where it is right, else a sentence}: of the known wrong answer that gives the
-    same; if there are several, of the one that is the same in most parts."""
-    alike = {name: {part for part in found if agree(found[part], answer[part])}
-             for name, answer in answers.items()}
-    verdicts = {}
-    for part, outcome in found.items():
-        known = [name for name in answers if name != "reference" and part in alike[name]]
-        best = max(known, key=lambda name: len(alike[name]), default=None)
-        verdicts[part] = (None if part in alike["reference"] else sentences[best] if best
-                          else difference(outcome, answers["reference"][part]))
-    return verdicts
-
-
-def difference(found, expected):
-    """The smallest case that differs, in words."""
-    for case in sorted(expected[0], key=lambda case: (expected[0][case].numel(), case)):
-        name, right, ours = case[3:], expected[0][case], found[0].get(case)
-        if ours is None:
-            continue
-        if ours.shape != right.shape or ours.dtype != right.dtype:
-            return (f"{name}: expected {str(right.dtype)[6:]} {list(right.shape)}, "
-                    f"found {str(ours.dtype)[6:]} {list(ours.shape)}")
-        if not same(ours, right):
-            off = ~torch.tensor([same(*pair) for pair in zip(ours.flatten(), right.flatten())])
-            if right.numel() > 8:      # one number of many
-                at = off.nonzero()[0, 0]
-                place = [int(i[0]) for i in torch.unravel_index(at[None], right.shape)]
-                name, ours, right = f"{name}, at {place}", ours.flatten()[at], right.flatten()[at]
-            return f"{name}: expected {short(right)}, found {short(ours)}"
-    return found[1] or "it gives more cases than there are"
-
-
-def short(tensor):
-    numbers = [f"{x:.5g}" for x in tensor.flatten().tolist()]
-    return numbers[0] if tensor.dim() == 0 else f"[{', '.join(numbers)}]"
+        return {}, "Ended: what it wrote is no result"
 
 
 def save_answers(answers, sentences, path):
     """Keep the outcomes of answers: numbers and sentences, no code."""
-    tensors = {f"{name}\t{part}\t{case}": tensor for name, answer in answers.items()
-               for part, (cases, _) in answer.items() for case, tensor in cases.items()}
-    errors = {name: {part: error for part, (_, error) in answer.items()}
-              for name, answer in answers.items()}
     Path(path).parent.mkdir(exist_ok=True)
-    save_file(tensors, path, {"errors": json.dumps(errors), "sentences": json.dumps(sentences)})
+    save_file({f"{name}\t{part}\t{case}": tensor for name, answer in answers.items()
+               for part, (cases, _) in answer.items() for case, tensor in cases.items()}, path,
+              {"sentences": json.dumps(sentences), "errors": json.dumps(
+                  {name: {part: error for part, (_, error) in answer.items()}
+                   for name, answer in answers.items()})})
 
 
 def read_answers(path):
-    """-> answers, sentences, as `save_answers` was given them. Raises BadInput."""
+    """-> answers, sentences, as `save_answers` was given them."""
     tensors, about = read_tensors(path)
     answers = {name: {part: ({}, error) for part, error in errors.items()}
                for name, errors in json.loads(about["errors"]).items()}
@@ -121,45 +88,106 @@ def read_answers(path):
     return answers, json.loads(about["sentences"])
 
 
+# ------------------------------------------------------------------------------- what is wrong
+
+
+def same(one, other):
+    """Are two tensors the same but for rounding? A NaN equals a NaN."""
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    close = CLOSE.get(one.dtype, 0)
+    return torch.allclose(one.double(), other.double(), rtol=close, atol=close, equal_nan=True)
+
+
+def alike(one, other):
+    """The cases in which two outcomes are the same. An error is one more, compared by its kind."""
+    (cases, error), (others, another) = one, other
+    found = {case for case in cases | others if same(cases.get(case), others.get(case))}
+    return found | ({"error"} if error.split(":")[0] == another.split(":")[0] else set())
+
+
+def agree(one, other):
+    return len(alike(one, other)) == len(one[0] | other[0]) + 1
+
+
+def diagnose(found, answers, sentences):
+    """{part: None where it is right, else why not}: the sentence of the known wrong answer that
+    gives the same, or the smallest case that differs."""
+    common = {name: sum(len(alike(found[part], answer[part])) for part in found)
+              for name, answer in answers.items()}
+    verdicts = {}
+    for part, outcome in found.items():
+        known = [name for name in sentences if agree(outcome, answers[name][part])]
+        if agree(outcome, answers["reference"][part]):
+            verdicts[part] = None
+        elif known:                    # of several, the one that is the same in most else
+            verdicts[part] = sentences[max(known, key=common.get)]
+        else:
+            wrong = [(answers[name][part][0], sentences[name])
+                     for name in sorted(sentences, key=common.get, reverse=True)]
+            verdicts[part] = difference(outcome, answers["reference"][part], wrong)
+    return verdicts
+
+
+def difference(outcome, reference, wrong):
+    """The smallest case that differs, in words; and the sentence of a wrong answer that is the same
+    there. wrong: [(cases, sentence)], the most likely one first."""
+    found, error = outcome
+    for case, right in sorted(reference[0].items(), key=lambda item: (item[1].numel(), item[0])):
+        ours, where = found.get(case), case[3:]
+        if ours is None or same(ours, right):
+            continue
+        perhaps = next((f"; {why}" for cases, why in wrong if same(ours, cases.get(case))), "")
+        if ours.shape != right.shape or ours.dtype != right.dtype:
+            right, ours = (f"{list(t.shape)} {str(t.dtype)[6:]}" for t in (right, ours))
+        elif right.numel() > 8:        # one number of many
+            pairs = zip(ours.flatten(), right.flatten())
+            at = next(i for i, pair in enumerate(pairs) if not same(*pair))
+            where += f", number {at + 1} of {right.numel()}"
+            right, ours = right.flatten()[at].tolist(), ours.flatten()[at].tolist()
+        else:
+            right, ours = right.tolist(), ours.tolist()
+        return f"{where}: expected {short(right)}, found {short(ours)}{perhaps}"
+    return error or "it gives other cases than it should"
+
+
+def short(value):
+    if isinstance(value, list):
+        return f"[{', '.join(map(short, value))}]"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
 # ----------------------------------------------------------------------------------- commands
-
-
-def table(found, verdicts, points):
-    """The lines of the parts: (points that are got, text)."""
-    each, lines = points / len(found), []
-    for part, why in verdicts.items():
-        lines.append(f"  {'WRONG' if why else 'ok':<6} {part:<28} "
-                     f"{0 if why else each:g}/{each:g}" + f"   {why}" * bool(why))
-    return each * sum(why is None for why in verdicts.values()), lines
 
 
 def check(number):
     """Print what the public checks say of this tree. Raises BadInput where it is no hand-out."""
     assignment, path = load(number), EXPECTED / f"{number}.safetensors"
     if not path.is_file():
-        raise BadInput(f"{ROOT}: is not the hand-out of assignment {number}, so there is nothing to"
-                       f" check against; python -m lab.course handout {number} --out DIR makes one")
-    answers, sentences = read_answers(path)
+        raise BadInput(f"{ROOT}: is no hand-out of assignment {number}, so there is nothing to "
+                       f"check; python -m lab.course handout {number} --out DIR makes one")
     with tempfile.TemporaryDirectory() as folder:
-        files = {part: Path(folder, str(i)) for i, part in enumerate(assignment.PARTS)}
-        request([(ROOT, number, [(part, PUBLIC_SEED, file)]) for part, file in files.items()],
-                seconds=SECONDS)
-        found = {part: read_outcome(file) for part, file in files.items()}
+        found, _ = outcomes(number, {"": ROOT}, [PUBLIC_SEED], folder)
+    verdicts = diagnose(found[PUBLIC_SEED][""], *read_answers(path))
     points = SHARES["public"] * assignment.POINTS
-    got, lines = table(found, diagnose(found, answers, sentences), points)
-    print(f"{number} {title(assignment)}   {got:g} of {points:g} public points", *lines, sep="\n")
+    each, width = points / len(verdicts), max(map(len, verdicts))
+    got = each * [*verdicts.values()].count(None)
+    print(f"{number} {title(assignment)}   {got:g} of {points:g} public points")
+    for part, why in verdicts.items():
+        print(f"  {'WRONG' if why else 'ok':<6} {part:<{width}} {0 if why else each:g}/{each:g}"
+              + f"   {why}" * bool(why))
     given = read_json(ROOT / "answers.json") if (ROOT / "answers.json").is_file() else {}
     for key in assignment.WRITTEN:
         if given.get(key) is None:
-            print(f"  open   {key}: answers.json has no number yet; see README.md")
+            print(f"  open   {key}: there is no number for it in answers.json, see README.md")
     print("public checks only; hidden ones use other shapes. "
           f"Hint: python -m lab.course hint {number}")
 
 
 def hint(number):
-    """Print the next of three hints, and the last one again."""
-    seen = read_json(ROOT / ".hints.json") if (ROOT / ".hints.json").is_file() else {}
-    hints, level = load(number).HINTS, seen.get(str(number), 0)
-    write_whole(ROOT / ".hints.json", json.dumps({**seen, str(number): level + 1}) + "\n")
-    level = min(level, len(hints) - 1)
+    """Print the next of an assignment's hints; after the last one, the last one again."""
+    path, hints = ROOT / ".hints.json", load(number).HINTS
+    seen = read_json(path) if path.is_file() else {}
+    level = min(seen.get(str(number), 0), len(hints) - 1)
+    write_whole(path, json.dumps({**seen, str(number): level + 1}) + "\n")
     print(f"hint {level + 1} of {len(hints)}: {hints[level]}")

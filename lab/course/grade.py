@@ -1,99 +1,81 @@
-"""Grade a student's tree: `python -m lab.course grade DIR 2 --results results.json`.
+"""Grade a student's tree, and grade the grader.
 
 The student's definitions are grafted onto a clean hand-out. `probe.py` runs them there, in processes
-of their own that can read neither the reference nor the seed's file. When these are gone, the
+of their own that can neither read the reference nor write the verdict. When these are gone, the
 reference runs at the same seeds, and this process compares. Until then results.json says zero.
 """
 import ast
-import inspect
+import itertools
 import json
 import os
-import re
 import secrets
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
-from data import BadInput, read_json, write_whole
+from data import BadInput, progress, read_json, write_whole
 from lab.course import PUBLIC_SEED, ROOT, SHARES, load, title
-from lab.course.check import SECONDS, diagnose, read_outcome, request, save_answers
-from lab.course.handout import body_of, bound, make_tree, rewrite, span, split
+from lab.course.check import agree, diagnose, outcomes, save_answers
+from lab.course.handout import leaks, make_tree, units
 
-PACKAGES = {"torch", "tiktoken", "safetensors", "numpy", "tqdm", "pytest"}
-OURS = {"infosteer", "model", "train", "eval", "data", "lab"}
+ALLOWED = {"torch", "tiktoken", "safetensors", "numpy", "tqdm", "pytest", "infosteer", "model",
+           "train", "eval", "data", "lab", *sys.stdlib_module_names}
+MODELS = Path(os.environ.get("INFOSTEER_MODELS", ROOT.parent / "models"))
+MOST = 2**20                           # bytes of a file that students hand in
 
 # ------------------------------------------------------------------------------------ grafting
 
 
-def merged(clean, student, wanted, removed):
-    """A clean file with the definitions `wanted` of a student's, and all that the student's adds:
-    texts and names -> text. Raises BadInput, SyntaxError or ValueError."""
-    lines = student.splitlines(keepends=True)
-    owners = sorted({name.rpartition(".")[0] for name in wanted} | {""}, reverse=True)
-    for owner in owners:               # classes first, then the file itself
-        own = [name.rpartition(".")[2] for name in wanted if name.rpartition(".")[0] == owner]
-        here = set().union(*map(bound, body_of(clean, owner)))
-        known, prefix = here - {*own} - removed, owner and owner + "."
-        try:
-            body = body_of(student, owner)
-        except BadInput:
-            body = []
-        taken = [node for node in body if bound(node) - known]
-        names = set().union(*map(bound, taken))
-        refuse_others(taken)
-        text = "".join("".join(lines[slice(*span(node, lines))]) + "\n" * (1 + (not owner))
-                       for node in taken)
-        anchor, kept = own[0] if own else wanted[0].split(".")[0], ""
-        for name in sorted((names & here & ({*own} | removed)) - {anchor}):
-            clean = rewrite(clean, prefix + name, lambda node: "")
-        if not own:                    # only methods are wanted: what is added goes before the class
-            where = [node for node in body_of(clean, "") if anchor in bound(node)][0]
-            kept = "".join(clean.splitlines(keepends=True)[where.lineno - 1:where.end_lineno])
-        clean = rewrite(clean, prefix + anchor, lambda node: text + kept)
-    return clean
-
-
-def refuse_others(nodes):
-    """Raises BadInput if statements import a package that is not among the six."""
-    for node in (inner for outer in nodes for inner in ast.walk(outer)):
-        names = ([name.name for name in node.names] if isinstance(node, ast.Import)
-                 else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
-        for name in (name.split(".")[0] for name in names):
-            if name not in PACKAGES | OURS | sys.stdlib_module_names:
-                raise BadInput(f"imports {name}, which is no package of requirements.txt")
-
-
-def defines(source, name):
-    owner, _, own = name.rpartition(".")
-    try:
-        return own in set().union(*map(bound, body_of(source, owner)))
-    except BadInput:                   # there is not even the class
-        return False
+def merged(clean, theirs, wanted, removed):
+    """A clean file's text with the definitions `wanted` that the text `theirs` has, and with all that
+    it adds. Raises BadInput for the import of another package, and SyntaxError."""
+    for node in ast.walk(ast.parse(theirs)):
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                     [node.module or ""] if isinstance(node, ast.ImportFrom) else []):
+            if name.split(".")[0] not in ALLOWED:
+                raise BadInput(f"it imports {name}, which is no package of requirements.txt")
+    clean = units(clean)
+    known = set().union(*(names for names, _ in clean)) - wanted - removed
+    taken = [(names, text) for names, text in units(theirs) if names - known]
+    mine, added = set().union(*(names for names, _ in taken)), {}
+    for names, text in taken:          # of a class that is there, or of the file
+        owner = min(names).rpartition(".")[0]
+        text = text.rstrip() + "\n\n"
+        if owner in known:             # indented as in the class
+            text = textwrap.indent(textwrap.dedent(text), "    ")
+        owner = owner if owner in known else ""
+        added[owner] = added.get(owner, "") + text
+    result = []
+    for names, text in clean:          # what is added stands where the first one wanted stood
+        for owner in sorted(added):
+            places = {name if owner else name.split(".")[0] for name in wanted
+                      if name.rpartition(".")[0] == owner or not owner}
+            if places & names:
+                result.append(added.pop(owner))
+        if not names & mine & (wanted | removed):
+            result.append(text)
+    return "".join(result)
 
 
 def graft(number, clean, answers, out):
     """Make the tree `out`: `clean` with the definitions of some answers {file: text}, one after the
-    other, as `merged` takes them. Raises BadInput."""
+    other. Raises BadInput."""
     assignment, out = load(number), Path(out)
     shutil.copytree(clean, out, ignore=shutil.ignore_patterns("toy", "golden", "expected"))
     for folder in ("data/toy", "tests/golden"):
         os.symlink(Path(clean, folder), out / folder)
-    removed = {split(name)[1] for name in assignment.REMOVE}
-    for file, name in map(split, assignment.BLANK):
-        if not any(file in one for one in answers):
-            raise BadInput(f"{file}: is not there")
-    for file, text in (item for one in answers for item in one.items()):
-        names = [split(name)[1] for name in assignment.BLANK if split(name)[0] == file]
+    names = [name.partition("::") for name in assignment.BLANK]
+    removed = {name.partition("::")[2] for name in assignment.REMOVE}
+    for file, text in (item for answer in answers for item in answer.items()):
+        wanted = {own for where, _, own in names if where == file}
         try:
-            if names != [""]:
-                names = [name for name in names if defines(text, name)]
-                text = merged((out / file).read_text("utf-8"), text, names, removed)
+            if wanted != {""}:
+                text = merged((out / file).read_text("utf-8"), text, wanted, removed)
             write_whole(out / file, text)
         except (BadInput, SyntaxError, ValueError) as error:   # ValueError: null bytes
             line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
@@ -102,54 +84,180 @@ def graft(number, clean, answers, out):
 
 
 def files_of(number, tree):
-    """What an assignment takes from a student's tree: {file: text}. Raises BadInput."""
-    texts = {}
-    for file in dict.fromkeys(split(name)[0] for name in load(number).BLANK):
-        path = Path(tree, file)
-        if not path.is_file() or path.stat().st_size > 2**20:
-            raise BadInput(f"{file}: is not there, or larger than a megabyte")
-        texts[file] = path.read_bytes().decode("utf-8", errors="replace")
-    return texts
+    """What is graded of a tree: {file: text}. Raises BadInput."""
+    paths = {file: Path(tree, file) for file in
+             dict.fromkeys(name.partition("::")[0] for name in load(number).BLANK)}
+    for file, path in paths.items():
+        if not path.is_file() or path.stat().st_size > MOST:
+            raise BadInput(f"{file}: is not there, or larger than {MOST:,} bytes")
+    return {file: path.read_text("utf-8", errors="replace") for file, path in paths.items()}
 
 
-# ------------------------------------------------------------- the reference and known answers
-
-
-def known_answers(number):
-    """The reference and the known answers: {name: [{file: text}, ...]} as `graft` takes them. What an
-    answer does not define is the reference's."""
+def known_trees(number, clean, work, kinds=("WRONG",)):
+    """Trees of the reference and of the known answers: {name: tree}. What an answer does not define
+    is the reference's."""
     assignment = load(number)
     whole = getattr(assignment, "REFERENCE", None) or files_of(number, ROOT)
     answers = {"reference": [whole]}
-    texts = {**assignment.RIGHT, **{name: text for name, (_, text) in assignment.WRONG.items()}}
-    for name, text in texts.items():
-        answers[name] = [whole, text if isinstance(text, dict) else {next(iter(whole)): text}]
-    return answers
+    for kind in kinds:
+        for name, text in getattr(assignment, kind).items():
+            text = text[1] if kind == "WRONG" else text
+            answers[name] = [whole, text if isinstance(text, dict) else {next(iter(whole)): text}]
+    return {name: graft(number, clean, answer, Path(work, f"tree{n}"))
+            for n, (name, answer) in enumerate(answers.items())}
 
 
-def outcomes(number, clean, answers, seeds, folder, **limits):
-    """What answers give: {seed: {name: {part: outcome}}}. All trees are made in `folder`."""
-    parts, jobs = load(number).PARTS, []
-    files = {(name, seed, part): Path(folder, f"{n}-{seed}-{i}")
-             for n, name in enumerate(answers) for seed in seeds for i, part in enumerate(parts)}
-    for n, (name, answer) in enumerate(answers.items()):
-        tree = graft(number, clean, answer, Path(folder, f"tree{n}")) if answer else clean
-        jobs.append((tree, number, [(part, seed, files[name, seed, part])
-                                    for seed in seeds for part in parts]))
-    request(jobs, clean, **limits)
-    return {seed: {name: {part: read_outcome(files[name, seed, part]) for part in parts}
-                   for name in answers} for seed in seeds}
-
-
-def sentences_of(number):
+def sentences(number):
     return {name: sentence for name, (sentence, _) in load(number).WRONG.items()}
 
 
 def write_expected(number, folder, clean):
-    """What a hand-out knows of the right and the wrong answers: numbers for the public seed."""
+    """What a hand-out knows of the right and the wrong answers: their numbers for the public seed."""
     with tempfile.TemporaryDirectory() as work:
-        answers = known_answers(number)
-        for name in load(number).RIGHT:
-            del answers[name]
-        found = outcomes(number, clean, answers, [PUBLIC_SEED], work)[PUBLIC_SEED]
-    save_answers(found, sentences_of(number), Path(folder, f"{number}.safetensors"))
+        found, _ = outcomes(number, known_trees(number, clean, work), [PUBLIC_SEED], work,
+                            apart=False)
+    save_answers(found[PUBLIC_SEED], sentences(number), Path(folder, f"{number}.safetensors"))
+
+
+# ------------------------------------------------------------------------------------- grading
+
+
+def grade(tree, number, results, seed=None, seconds=20):
+    """Grade a student's tree and write the verdict, whatever the student's code does. seed: of the
+    hidden checks; None or 0: drawn. seconds: for each part. -> the verdict."""
+    began, assignment, seed = time.monotonic(), load(number), seed or 1 + secrets.randbelow(2**31)
+    if not Path(tree).is_dir():
+        raise BadInput(f"{tree}: no such folder; grade needs the folder that a student hands in")
+    tests = {(kind, part): {
+        "name": f"{kind}: {part}", "score": 0.0, "output": "this part was not reached",
+        "max_score": round(SHARES[kind] * assignment.POINTS / len(parts), 4),
+        "visibility": "after_due_date" if kind == "hidden" else "visible"}
+        for kind, parts in (("public", assignment.PARTS), ("hidden", assignment.PARTS),
+                            ("written", assignment.WRITTEN)) for part in parts}
+
+    def write(said):
+        verdict = {"score": round(sum(test["score"] for test in tests.values()), 4),
+                   "execution_time": round(time.monotonic() - began, 1), "visibility": "visible",
+                   "output": f"{number} {title(assignment)}\n{said}", "tests": [*tests.values()]}
+        write_whole(results, json.dumps(verdict, indent=2) + "\n")
+        return verdict
+
+    def judge(kind, verdicts):
+        for part, why in verdicts.items():
+            tests[kind, part]["output"] = why or "ok"
+            tests[kind, part]["score"] = 0.0 if why else tests[kind, part]["max_score"]
+
+    write("The grading was interrupted, so there is no point.")
+    seeds, said = {"public": PUBLIC_SEED, "hidden": seed}, ""
+    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as ours:
+        clean, theirs, out = (Path(work, name) for name in ("clean", "student", "out"))
+        make_tree(number, clean)
+        getattr(assignment, "prepare", lambda tree, seed: None)(clean, seed)
+        try:
+            graft(number, clean, [files_of(number, tree)], theirs)
+        except BadInput as error:
+            verdicts = dict.fromkeys(assignment.PARTS, str(error))
+            judge("public", verdicts), judge("hidden", verdicts)
+        else:
+            found, said = outcomes(number, {"student": theirs}, seeds.values(), out, seconds,
+                                   **strangers(work, clean, theirs, out))
+            known, _ = outcomes(number, known_trees(number, clean, ours), seeds.values(), ours,
+                                apart=False)
+            for kind, one in seeds.items():
+                judge(kind, diagnose(found[one]["student"], known[one], sentences(number)))
+    judge("written", written(number, tree))
+    exposed = "" if said.strip() == "hidden" else (
+        " Here nothing could keep the student's code from reading the grader's files: neither "
+        "Landlock nor another user. Look at the code, or grade as root, with the project in a "
+        "folder of mode 700.")
+    verdict = write(f"Seed of the hidden checks: {seed}." + exposed * bool(said))
+    print(f"{tree}: {verdict['score']:g} of {assignment.POINTS} points; {results}{exposed}")
+    return verdict
+
+
+def strangers(work, clean, theirs, out):
+    """How `outcomes` starts a process that runs a student's code: it may read the two trees and write
+    to `out` alone; and it is the user nobody, if we are root and nobody can run Python here."""
+    out.mkdir()
+    how = {"cwd": clean, "env": {**os.environ, "TMPDIR": str(out)},
+           "request": {"secret": str(ROOT / "infosteer.py"), "write": [str(out)],
+                       "read": [str(clean), str(theirs)]}}
+    try:
+        import pwd                     # which Windows lacks
+        nobody = pwd.getpwnam("nobody")
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        find = "import importlib.util as u; open(u.find_spec('torch').origin)"
+        subprocess.run([sys.executable, "-c", find], check=True, capture_output=True, **user)
+    except (ImportError, KeyError, OSError, subprocess.SubprocessError):
+        return how
+    subprocess.run(["chmod", "-R", "go+rX", work], check=True)
+    os.chown(out, nobody.pw_uid, nobody.pw_gid)
+    return {**how, **user}
+
+
+def written(number, tree):
+    """{key: None where the number in answers.json is right, else why not}. What is right is computed
+    now, by the command that the question names. A question whose model is not here is left out."""
+    assignment, path, verdicts, given = load(number), Path(tree, "answers.json"), {}, {}
+    try:
+        given = read_json(path) if path.is_file() and path.stat().st_size < MOST else {}
+    except BadInput as error:
+        verdicts = dict.fromkeys(assignment.WRITTEN, str(error))
+    for key, (_, command) in assignment.WRITTEN.items():
+        number_of, tolerance = assignment.NUMBERS[key]
+        ours = given.get(key)
+        if isinstance(ours, bool) or not isinstance(ours, (int, float)):
+            verdicts.setdefault(key, "answers.json has no number for it")
+            continue
+        words = shlex.split(command.replace("MODELS/", f"{MODELS}/"))
+        ran = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        right = number_of(ran.stdout)
+        close = abs(ours - right) <= tolerance * abs(right)
+        verdicts[key] = None if close else f"{ours:g} is not what the command leads to"
+    return verdicts
+
+
+# --------------------------------------------------------------------------- the grader graded
+
+
+def faults(number, seeds=(PUBLIC_SEED, 1)):
+    """What is wrong with an assignment, in lines: the blanked tree must score nothing, the reference
+    and every right answer everything; a wrong answer must lose points and be called by its name; no
+    two may give the same; and no line of the reference may stand in the hand-out."""
+    assignment, says = load(number), sentences(number)
+    with tempfile.TemporaryDirectory() as work:
+        clean = Path(work, "clean")
+        try:
+            make_tree(number, clean)
+            trees = {"blank": clean, **known_trees(number, clean, work, ("WRONG", "RIGHT"))}
+            found, _ = outcomes(number, trees, seeds, work, 120, apart=False)
+        except BadInput as error:
+            return [str(error)]
+        problems = [f"the hand-out gives away {line}" for line in leaks(number, clean)]
+    for seed, answers in found.items():
+        known = {name: answers[name] for name in ("reference", *says)}
+        for name, answer in answers.items():
+            verdicts = diagnose(answer, known, says)
+            reasons = {why for why in verdicts.values() if why}
+            ok = ({*reasons} == {says[name]} if name in says
+                  else None not in verdicts.values() if name == "blank" else not reasons)
+            if not ok:
+                problems.append(f"seed {seed}, {name}: {verdicts}")
+        problems += [f"seed {seed}, reference, {part}: {error or 'no case'}"
+                     for part, (cases, error) in answers["reference"].items() if error or not cases]
+        problems += [f"seed {seed}: {one} and {other} give the same"
+                     for one, other in itertools.combinations(known, 2)
+                     if all(agree(known[one][part], known[other][part]) for part in known[one])]
+    return problems
+
+
+def selftest(chosen):
+    """Print the faults of assignments -> how many there are."""
+    count = 0
+    for number in progress(chosen, desc="grading the grader", unit="assignment"):
+        assignment, problems = load(number), faults(number)
+        count += len(problems)
+        print(f"{number} {title(assignment)}: {len(assignment.RIGHT)} right and "
+              f"{len(assignment.WRONG)} wrong answers, {len(problems)} faults",
+              *(f"  {problem}" for problem in problems), sep="\n", flush=True)
+    return count
