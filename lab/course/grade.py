@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 
@@ -39,27 +38,17 @@ def merged(clean, theirs, wanted, removed):
                      [node.module or ""] if isinstance(node, ast.ImportFrom) else []):
             if name.split(".")[0] not in ALLOWED:
                 raise BadInput(f"it imports {name}, which is no package of requirements.txt")
-    clean = units(clean)
-    known = set().union(*(names for names, _ in clean)) - wanted - removed
-    taken = [(names, text) for names, text in units(theirs) if names - known]
-    mine, added = set().union(*(names for names, _ in taken)), {}
-    for names, text in taken:          # of a class that is there, or of the file
-        owner = min(names).rpartition(".")[0]
-        text = text.rstrip() + "\n\n"
-        if owner in known:             # indented as in the class
-            text = textwrap.indent(textwrap.dedent(text), "    ")
-        owner = owner if owner in known else ""
-        added[owner] = added.get(owner, "") + text
-    result = []
-    for names, text in clean:          # what is added stands where the first one wanted stood
-        for owner in sorted(added):
-            places = {name if owner else name.split(".")[0] for name in wanted
-                      if name.rpartition(".")[0] == owner or not owner}
-            if places & names:
-                result.append(added.pop(owner))
-        if not names & mine & (wanted | removed):
-            result.append(text)
-    return "".join(result)
+    clean, theirs = units(clean), units(theirs)
+    places = {name: n for n, (names, _) in [*enumerate(clean)][::-1] for name in names}
+    known, added, mine = places.keys() - wanted - removed, [""] * len(clean), set()
+    last = min(places[name.split(".")[0]] for name in wanted) - 1
+    for names, text in theirs:         # what is new stands behind what it stood behind
+        last = max([last, *(places[name] for name in names & places.keys())])
+        if names - known:
+            added[last] += text.rstrip() + "\n\n"
+            mine |= names
+    return "".join(text * (not names & mine - known) + more
+                   for (names, text), more in zip(clean, added))
 
 
 def graft(number, clean, answers, out):
@@ -236,15 +225,17 @@ def faults(number, seeds=(PUBLIC_SEED, 1)):
         problems = [f"the hand-out gives away {line}" for line in leaks(number, clean)]
     for seed, answers in found.items():
         known = {name: answers[name] for name in ("reference", *says)}
+        broken = [f"seed {seed}, reference, {part}: {error or 'no case'}" for part, (cases, error)
+                  in known["reference"].items() if error or not cases]
+        if broken:
+            return problems + broken
         for name, answer in answers.items():
             verdicts = diagnose(answer, known, says)
             reasons = {why for why in verdicts.values() if why}
-            ok = ({*reasons} == {says[name]} if name in says
+            ok = (reasons == {says[name]} if name in says
                   else None not in verdicts.values() if name == "blank" else not reasons)
             if not ok:
                 problems.append(f"seed {seed}, {name}: {verdicts}")
-        problems += [f"seed {seed}, reference, {part}: {error or 'no case'}"
-                     for part, (cases, error) in answers["reference"].items() if error or not cases]
         problems += [f"seed {seed}: {one} and {other} give the same"
                      for one, other in itertools.combinations(known, 2)
                      if all(agree(known[one][part], known[other][part]) for part in known[one])]
