@@ -51,32 +51,34 @@ HINTS = (
 )
 
 
-def three_memories():
-    """The layer of tests/test_01_memory.py, in fp64."""
-    from tests.test_01_memory import three_memories
-    return three_memories().double()
-
-
-def layer(seed, act):
-    """A layer with random weights, and an input for it: sizes differ from seed to seed."""
+def layer(h, weights, act="silu"):
+    """A layer with weights [d_m, d], [d_m, d] and [d, d_m], and its input h [B, T, d], in fp64."""
     from model import Config, KeyValueMemory
-    h = draw(seed, 2, 3, 4)                                                    # [B, T, d]
-    up = draw(seed + 1 if seed else 0, 7, 2)                                   # [d_m, any]
     memory = KeyValueMemory(Config.from_dict(dict(
-        model_type="llama", vocab_size=50, hidden_size=h.shape[-1], intermediate_size=len(up),
-        num_hidden_layers=1, num_attention_heads=1, head_dim=2, hidden_act=act)))
-    with torch.no_grad():
-        for n, weight in enumerate(memory.double().parameters()):
-            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed + n),
-                                     dtype=torch.float64))
+        model_type="llama", vocab_size=50, hidden_size=h.shape[-1], num_hidden_layers=1, head_dim=2,
+        intermediate_size=len(weights[0]), num_attention_heads=1, hidden_act=act))).double()
+    for ours, given in zip(memory.parameters(), weights):
+        ours.data.copy_(given)
     return memory, h
+
+
+def three_memories(h):                 # of tests/test_01_memory.py, for one token
+    return layer(torch.tensor([[h]]).double(), [torch.tensor(weight) for weight in (
+        [[100.0, 0], [0, 100], [-100, 100]], [[1.0, 1], [1, 0], [0, 2]], [[1.0, 0, 5], [0, 10, 5]])])
+
+
+def random_layer(seed, act="silu"):
+    gate, up = draw(seed, 7, 4), draw(seed, 7, 4).cos()                        # [d_m, d]
+    h = draw(seed, 2, 3, 8)[..., :gate.shape[1]]                               # [B, T, d]
+    return layer(h, [gate, up.flip(0) - 0.3, gate.T.sin()], act)
 
 
 def recalled(seed):
     for h in ([2.0, 3.0], [2.0, 1.0], [1.0, -3.0]):
-        yield f"three memories, h = {h}", three_memories()(torch.tensor([[h]]).double())[0]
+        memory, h = three_memories(h)
+        yield f"three memories, h = {h[0, 0].tolist()}", memory(h)[0]
     for act in ("silu", "gelu_pytorch_tanh"):
-        memory, h = layer(seed, act)
+        memory, h = random_layer(seed, act)
         answer, flux, reward = memory(h)
         yield f"a random layer with {act}", answer
         yield "without steering, flux and reward are None", flux is None and reward is None
@@ -85,12 +87,12 @@ def recalled(seed):
 def steered(seed):
     from eval import Watch
     from infosteer import Steering
-    h, wake = torch.tensor([[[2.0, 1.0]]]).double(), Steering("int", p=1 / 3)
-    answer, flux, reward = three_memories()(h, wake)
+    memory, h = three_memories([2.0, 1.0])
+    answer, flux, reward = memory(h, Steering("int", p=1 / 3))
     yield "three memories, int with p = 1/3, h = [2, 1]: the answer", answer
     yield "the flux there", flux
     yield "int has no reward", reward is None
-    (memory, h), seen = layer(seed, "silu"), []
+    (memory, h), seen = random_layer(seed), []
     answer, flux, _ = memory(h, Watch(lambda _, k: seen.append(k), Steering("int", p=0.3)))
     yield "a random layer, int with p = 0.3: the answer", answer
     yield "its flux", flux
@@ -99,12 +101,12 @@ def steered(seed):
 
 def gradients(seed):
     from infosteer import Steering
-    (memory, h), keys = layer(seed, "silu"), ("key_gate.weight", "key_up.weight")
+    (memory, h), keys = random_layer(seed), ("key_gate.weight", "key_up.weight")
     weights = [weight for name, weight in memory.named_parameters() if name in keys]
     for name in ("reg", "int", "none"):
         answer, flux, reward = memory(h, Steering(name))
         yield f"{name}: is there a reward?", reward is not None
-        total = (answer * draw(seed, 2, 3, 4)).sum() + (0 if reward is None else reward.sum())
+        total = answer.square().sum() + (0 if reward is None else reward.sum())
         for key, grad in zip(keys, torch.autograd.grad(total, weights)):
             yield f"{name}: gradient of answer and reward by {key}", grad
 

@@ -9,6 +9,9 @@ each token and layer.
 In the paper: equation 5, and section 6 for its second name, information flux. Here:
 tests/test_02_entropy.py. Work out log 4 for four equal memories first.
 """
+import math
+import re
+
 import torch
 
 from lab.course.probe import draw
@@ -77,8 +80,7 @@ WRITTEN = {"memories": (
 
 
 def exp_of_flux(output):
-    line = next(line for line in output.splitlines() if line.startswith("base  "))
-    return float(torch.tensor(float(line.split()[1])).exp())
+    return math.exp(float(re.search(r"\nbase +(\d+\.\d+) \(", output)[1]))
 
 
 NUMBERS = {"memories": (exp_of_flux, 0.02)}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from data import BadInput, read_json, write_whole
 from lab.course import EXPECTED, PUBLIC_SEED, ROOT, SHARES, load, title
@@ -27,15 +26,14 @@ CLOSE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.f
 
 def outcomes(number, trees, seeds, folder, seconds=SECONDS, apart=True, request={}, **process):
     """Run an assignment's parts on trees {name: tree} -> ({seed: answers}, what probe.py printed).
-    apart: each part in a process of its own. request: more for probe.py."""
-    files = {(name, seed, part): Path(folder, f"{n}-{seed}-{i}") for n, name in enumerate(trees)
-             for seed in seeds for i, part in enumerate(load(number).PARTS)}
-    jobs = [[str(trees[name]), number, [[part, seed, str(file)]]]
-            for (name, seed, part), file in files.items()]
-    if not apart:
-        jobs = [[str(tree), number, [[part, seed, str(file)] for (one, seed, part), file
-                                     in files.items() if one == name]]
-                for name, tree in trees.items()]
+    Outcomes are written to `folder`. apart: each part in a process of its own. request: more for
+    probe.py; process: more for Popen."""
+    parts = list(load(number).PARTS)
+    jobs = [[str(tree), number, [[part, seed, str(place(folder, n, seed, i))]
+                                 for seed in seeds for i, part in enumerate(parts)]]
+            for n, tree in enumerate(trees.values())]
+    if apart:
+        jobs = [[tree, number, [one]] for tree, _, several in jobs for one in several]
     program = [sys.executable, "-B", str(Path(jobs[0][0], "lab", "course", "probe.py"))]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=request and subprocess.PIPE or None,
                           text=True, start_new_session=True, **process) as running:
@@ -47,45 +45,29 @@ def outcomes(number, trees, seeds, folder, seconds=SECONDS, apart=True, request=
         running.kill()
         with suppress(OSError, AttributeError):                # what it left behind; not on Windows
             os.killpg(running.pid, signal.SIGKILL)
-    return {seed: {name: {part: read_outcome(files[name, seed, part])
-                          for part in load(number).PARTS} for name in trees} for seed in seeds}, said
+    return {seed: read_answers(number, trees, seed, folder) for seed in seeds}, said
 
 
-def read_tensors(path):
-    """-> {name: tensor}, about. It is not `model.read_tensors`: students change model.py."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata()
+def place(folder, n, seed, i):
+    """Where the outcome of an answer's part is kept, both by their numbers."""
+    return Path(folder, f"{n}-{seed}-{i}.safetensors")
+
+
+def read_answers(number, names, seed, folder):
+    return {name: {part: read_outcome(place(folder, n, seed, i))
+                   for i, part in enumerate(load(number).PARTS)} for n, name in enumerate(names)}
 
 
 def read_outcome(path):
+    """What probe.py wrote of a part. Nothing of the project reads it: students change that."""
     try:
         if not path.is_file():         # a pipe would let us wait for ever
             return {}, "Ended: the process that ran it ended by itself"
-        cases, about = read_tensors(path)
-        return cases, about["error"]
+        with safe_open(path, framework="pt") as file:
+            return {case: file.get_tensor(case) for case in sorted(file.keys())}, \
+                file.metadata()["error"]
     except (SafetensorError, OSError, TypeError, KeyError):
         return {}, "Ended: what it wrote is no result"
-
-
-def save_answers(answers, sentences, path):
-    """Keep the outcomes of answers: numbers and sentences, no code."""
-    Path(path).parent.mkdir(exist_ok=True)
-    save_file({f"{name}\t{part}\t{case}": tensor for name, answer in answers.items()
-               for part, (cases, _) in answer.items() for case, tensor in cases.items()}, path,
-              {"sentences": json.dumps(sentences), "errors": json.dumps(
-                  {name: {part: error for part, (_, error) in answer.items()}
-                   for name, answer in answers.items()})})
-
-
-def read_answers(path):
-    """-> answers, sentences, as `save_answers` was given them."""
-    tensors, about = read_tensors(path)
-    answers = {name: {part: ({}, error) for part, error in errors.items()}
-               for name, errors in json.loads(about["errors"]).items()}
-    for key, tensor in tensors.items():
-        name, part, case = key.split("\t")
-        answers[name][part][0][case] = tensor
-    return answers, json.loads(about["sentences"])
 
 
 # ------------------------------------------------------------------------------- what is wrong
@@ -162,13 +144,15 @@ def short(value):
 
 def check(number):
     """Print what the public checks say of this tree. Raises BadInput where it is no hand-out."""
-    assignment, path = load(number), EXPECTED / f"{number}.safetensors"
+    assignment, path = load(number), EXPECTED / f"{number}.json"
     if not path.is_file():
         raise BadInput(f"{ROOT}: is no hand-out of assignment {number}, so there is nothing to "
                        f"check; python -m lab.course handout {number} --out DIR makes one")
     with tempfile.TemporaryDirectory() as folder:
         found, _ = outcomes(number, {"": ROOT}, [PUBLIC_SEED], folder)
-    verdicts = diagnose(found[PUBLIC_SEED][""], *read_answers(path))
+    sentences = read_json(path)
+    answers = read_answers(number, ["reference", *sentences], PUBLIC_SEED, EXPECTED)
+    verdicts = diagnose(found[PUBLIC_SEED][""], answers, sentences)
     points = SHARES["public"] * assignment.POINTS
     each, width = points / len(verdicts), max(map(len, verdicts))
     got = each * [*verdicts.values()].count(None)

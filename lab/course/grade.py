@@ -5,6 +5,7 @@ of their own that can neither read the reference nor write the verdict. When the
 reference runs at the same seeds, and this process compares. Until then results.json says zero.
 """
 import ast
+import functools
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from data import BadInput, progress, read_json, write_whole
 from lab.course import PUBLIC_SEED, ROOT, SHARES, load, title
-from lab.course.check import agree, diagnose, outcomes, save_answers
+from lab.course.check import agree, diagnose, outcomes
 from lab.course.handout import leaks, make_tree, units
 
 ALLOWED = {"torch", "tiktoken", "safetensors", "numpy", "tqdm", "pytest", "infosteer", "model",
@@ -67,7 +68,7 @@ def graft(number, clean, answers, out):
                 text = merged((out / file).read_text("utf-8"), text, wanted, removed)
             write_whole(out / file, text)
         except (BadInput, SyntaxError, ValueError) as error:   # ValueError: null bytes
-            line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+            line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
             raise BadInput(f"{file}{line}: {error.args[0]}") from None
     return out
 
@@ -103,9 +104,8 @@ def sentences(number):
 def write_expected(number, folder, clean):
     """What a hand-out knows of the right and the wrong answers: their numbers for the public seed."""
     with tempfile.TemporaryDirectory() as work:
-        found, _ = outcomes(number, known_trees(number, clean, work), [PUBLIC_SEED], work,
-                            apart=False)
-    save_answers(found[PUBLIC_SEED], sentences(number), Path(folder, f"{number}.safetensors"))
+        outcomes(number, known_trees(number, clean, work), [PUBLIC_SEED], folder, apart=False)
+    write_whole(Path(folder, f"{number}.json"), json.dumps(sentences(number), indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------- grading
@@ -154,12 +154,18 @@ def grade(tree, number, results, seed=None, seconds=20):
                                 apart=False)
             for kind, one in seeds.items():
                 judge(kind, diagnose(found[one]["student"], known[one], sentences(number)))
-    judge("written", written(number, tree))
-    exposed = "" if said.strip() == "hidden" else (
+    verdicts = written(number, tree)
+    for part in assignment.WRITTEN.keys() - verdicts.keys():   # its points are the others'
+        del tests["written", part]
+    for part in verdicts:
+        tests["written", part]["max_score"] = round(
+            SHARES["written"] * assignment.POINTS / len(verdicts), 4)
+    judge("written", verdicts)
+    exposed = "" if said.strip() != "readable" else (
         " Here nothing could keep the student's code from reading the grader's files: neither "
         "Landlock nor another user. Look at the code, or grade as root, with the project in a "
         "folder of mode 700.")
-    verdict = write(f"Seed of the hidden checks: {seed}." + exposed * bool(said))
+    verdict = write(f"Seed of the hidden checks: {seed}." + exposed)
     print(f"{tree}: {verdict['score']:g} of {assignment.POINTS} points; {results}{exposed}")
     return verdict
 
@@ -187,23 +193,34 @@ def strangers(work, clean, theirs, out):
 def written(number, tree):
     """{key: None where the number in answers.json is right, else why not}. What is right is computed
     now, by the command that the question names. A question whose model is not here is left out."""
-    assignment, path, verdicts, given = load(number), Path(tree, "answers.json"), {}, {}
+    assignment, path, verdicts, why = load(number), Path(tree, "answers.json"), {}, ""
     try:
         given = read_json(path) if path.is_file() and path.stat().st_size < MOST else {}
     except BadInput as error:
-        verdicts = dict.fromkeys(assignment.WRITTEN, str(error))
+        given, why = {}, str(error)
     for key, (_, command) in assignment.WRITTEN.items():
-        number_of, tolerance = assignment.NUMBERS[key]
         ours = given.get(key)
-        if isinstance(ours, bool) or not isinstance(ours, (int, float)):
-            verdicts.setdefault(key, "answers.json has no number for it")
+        if "MODELS/" in command and not MODELS.is_dir():
             continue
-        words = shlex.split(command.replace("MODELS/", f"{MODELS}/"))
-        ran = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
-        right = number_of(ran.stdout)
+        if isinstance(ours, bool) or not isinstance(ours, (int, float)):
+            verdicts[key] = why or "answers.json has no number for it"
+            continue
+        number_of, tolerance = assignment.NUMBERS[key]
+        try:
+            right = number_of(printed(command.replace("MODELS/", f"{MODELS}/")))
+        except Exception as error:     # ours, and no reason to lose the other points
+            verdicts[key] = f"not judged: the command does not work here ({error}); ask the teacher"
+            continue
         close = abs(ours - right) <= tolerance * abs(right)
         verdicts[key] = None if close else f"{ours:g} is not what the command leads to"
     return verdicts
+
+
+@functools.cache
+def printed(command):
+    """What a command of the project prints."""
+    words = [sys.executable, *shlex.split(command)[1:]]
+    return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 # --------------------------------------------------------------------------- the grader graded

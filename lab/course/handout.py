@@ -128,10 +128,12 @@ def handout(number, out):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out}: is there already; a hand-out needs a new or an empty folder")
     make_tree(number, out)
+    (out / "lab" / "course" / EXPECTED.name).mkdir()
     write_expected(number, out / "lab" / "course" / EXPECTED.name, out)
     task = assignment.__doc__.partition("\n")[2].strip()
     points = {f"{name}_points": f"{share * assignment.POINTS:g}" for name, share in SHARES.items()}
-    written = "\n".join(f"- `{key}`: {question}\n\n      {command}\n"
+    written = "\n".join(textwrap.fill(f"- `{key}`: {question}", 98, subsequent_indent="  ")
+                        + f"\n\n      {command}\n"
                         for key, (question, command) in assignment.WRITTEN.items())
     for template, name in (("student.md", "README.md"), ("tutor.md", "AGENTS.md")):
         text = (HERE / template).read_text("utf-8").format(
@@ -139,4 +141,5 @@ def handout(number, out):
             task=task, blanked="\n".join(f"- `{name}`" for name in assignment.BLANK),
             written=written, total=assignment.POINTS, **points)
         write_whole(out / name, text)
-    write_whole(out / "answers.json", json.dumps(dict.fromkeys(assignment.WRITTEN), indent=2) + "\n")
+    empty = {**dict.fromkeys(assignment.WRITTEN), "why": ""}
+    write_whole(out / "answers.json", json.dumps(empty, indent=2) + "\n")
