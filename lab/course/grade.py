@@ -18,15 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from data import BadInput, progress, read_json, write_whole
+from data import BadInput, progress, write_whole
 from lab.course import PUBLIC_SEED, ROOT, SHARES, load, title
-from lab.course.check import agree, diagnose, outcomes
+from lab.course.check import SECONDS, agree, diagnose, outcomes
 from lab.course.handout import leaks, make_tree, units
 
 ALLOWED = {"torch", "tiktoken", "safetensors", "numpy", "tqdm", "pytest", "infosteer", "model",
            "train", "eval", "data", "lab", *sys.stdlib_module_names}
 MODELS = Path(os.environ.get("INFOSTEER_MODELS", ROOT.parent / "models"))
-MOST = 2**20                           # bytes of a file that students hand in
+WARNING = ("Nothing kept the student's code from reading the grader's files here: neither Landlock "
+           "nor another user. Read the code, or grade as root, with the project in a folder of mode "
+           "700.")
 
 # ------------------------------------------------------------------------------------ grafting
 
@@ -39,66 +41,68 @@ def merged(clean, theirs, wanted, removed):
                      [node.module or ""] if isinstance(node, ast.ImportFrom) else []):
             if name.split(".")[0] not in ALLOWED:
                 raise BadInput(f"it imports {name}, which is no package of requirements.txt")
-    clean, theirs = units(clean), units(theirs)
+    clean = units(clean)
     places = {name: n for n, (names, _) in [*enumerate(clean)][::-1] for name in names}
     known, added, mine = places.keys() - wanted - removed, [""] * len(clean), set()
     last = min(places[name.split(".")[0]] for name in wanted) - 1
-    for names, text in theirs:         # what is new stands behind what it stood behind
+    for names, text in units(theirs):  # what is new stands behind what it stood behind
         last = max([last, *(places[name] for name in names & places.keys())])
         if names - known:
             added[last] += text.rstrip() + "\n\n"
-            mine |= names
-    return "".join(text * (not names & mine - known) + more
-                   for (names, text), more in zip(clean, added))
+            mine |= names - known
+    return "".join(text * (not names & mine) + more for (names, text), more in zip(clean, added))
 
 
 def graft(number, clean, answers, out):
     """Make the tree `out`: `clean` with the definitions of some answers {file: text}, one after the
     other. Raises BadInput."""
-    assignment, out = load(number), Path(out)
+    assignment = load(number)
     shutil.copytree(clean, out, ignore=shutil.ignore_patterns("toy", "golden", "expected"))
     for folder in ("data/toy", "tests/golden"):
-        os.symlink(Path(clean, folder), out / folder)
-    names = [name.partition("::") for name in assignment.BLANK]
+        os.symlink(Path(clean, folder), Path(out, folder))
     removed = {name.partition("::")[2] for name in assignment.REMOVE}
     for file, text in (item for answer in answers for item in answer.items()):
-        wanted = {own for where, _, own in names if where == file}
+        wanted = {own for where, _, own in (name.partition("::") for name in assignment.BLANK)
+                  if where == file}
         try:
             if wanted != {""}:
-                text = merged((out / file).read_text("utf-8"), text, wanted, removed)
-            write_whole(out / file, text)
+                text = merged(Path(out, file).read_text("utf-8"), text, wanted, removed)
+            write_whole(Path(out, file), text)
         except (BadInput, SyntaxError, ValueError) as error:   # ValueError: null bytes
             line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
             raise BadInput(f"{file}{line}: {error.args[0]}") from None
     return out
 
 
+def handed_in(tree, file):
+    """The text of a file that a student hands in. Raises BadInput."""
+    path = Path(tree, file)            # a link could lead to the reference
+    if (not path.is_file() or path.stat().st_size > 2**20
+            or path.resolve() != Path(tree).resolve() / file):
+        raise BadInput(f"{file}: is not there, or no ordinary file below a megabyte")
+    return path.read_text("utf-8", errors="replace")
+
+
 def files_of(number, tree):
     """What is graded of a tree: {file: text}. Raises BadInput."""
-    paths = {file: Path(tree, file) for file in
-             dict.fromkeys(name.partition("::")[0] for name in load(number).BLANK)}
-    for file, path in paths.items():
-        if not path.is_file() or path.stat().st_size > MOST:
-            raise BadInput(f"{file}: is not there, or larger than {MOST:,} bytes")
-    return {file: path.read_text("utf-8", errors="replace") for file, path in paths.items()}
-
-
-def known_trees(number, clean, work, kinds=("WRONG",)):
-    """Trees of the reference and of the known answers: {name: tree}. What an answer does not define
-    is the reference's."""
-    assignment = load(number)
-    whole = getattr(assignment, "REFERENCE", None) or files_of(number, ROOT)
-    answers = {"reference": [whole]}
-    for kind in kinds:
-        for name, text in getattr(assignment, kind).items():
-            text = text[1] if kind == "WRONG" else text
-            answers[name] = [whole, text if isinstance(text, dict) else {next(iter(whole)): text}]
-    return {name: graft(number, clean, answer, Path(work, f"tree{n}"))
-            for n, (name, answer) in enumerate(answers.items())}
+    files = dict.fromkeys(name.partition("::")[0] for name in load(number).BLANK)
+    return {file: handed_in(tree, file) for file in files}
 
 
 def sentences(number):
     return {name: sentence for name, (sentence, _) in load(number).WRONG.items()}
+
+
+def known_trees(number, clean, work, right=False):
+    """The trees of the reference, of the wrong answers, and of the right ones if asked for: {name:
+    tree}. What an answer does not define is the reference's."""
+    assignment = load(number)
+    whole = getattr(assignment, "REFERENCE", None) or files_of(number, ROOT)
+    texts = {"reference": {}, **{name: text for name, (_, text) in assignment.WRONG.items()},
+             **(assignment.RIGHT if right else {})}
+    return {name: graft(number, clean, [whole, text if isinstance(text, dict) else
+                                        {next(iter(whole)): text}], Path(work, f"tree{n}"))
+            for n, (name, text) in enumerate(texts.items())}
 
 
 def write_expected(number, folder, clean):
@@ -111,62 +115,54 @@ def write_expected(number, folder, clean):
 # ------------------------------------------------------------------------------------- grading
 
 
-def grade(tree, number, results, seed=None, seconds=20):
+def grade(tree, number, results, seed=None, seconds=SECONDS):
     """Grade a student's tree and write the verdict, whatever the student's code does. seed: of the
     hidden checks; None or 0: drawn. seconds: for each part. -> the verdict."""
-    began, assignment, seed = time.monotonic(), load(number), seed or 1 + secrets.randbelow(2**31)
-    if not Path(tree).is_dir():
-        raise BadInput(f"{tree}: no such folder; grade needs the folder that a student hands in")
-    tests = {(kind, part): {
-        "name": f"{kind}: {part}", "score": 0.0, "output": "this part was not reached",
-        "max_score": round(SHARES[kind] * assignment.POINTS / len(parts), 4),
-        "visibility": "after_due_date" if kind == "hidden" else "visible"}
-        for kind, parts in (("public", assignment.PARTS), ("hidden", assignment.PARTS),
-                            ("written", assignment.WRITTEN)) for part in parts}
+    began, assignment, tests = time.monotonic(), load(number), {}
+    seeds = {"public": PUBLIC_SEED, "hidden": seed or 1 + secrets.randbelow(2**31)}
 
-    def write(said):
+    def judge(kind, verdicts):
+        """Add the tests of a kind: {part: None where it is right, else why not}."""
+        most = round(SHARES[kind] * assignment.POINTS / max(1, len(verdicts)), 4)
+        for part, why in verdicts.items():
+            tests[kind, part] = {
+                "name": f"{kind}: {part}", "score": 0.0 if why else most, "max_score": most,
+                "output": why or "ok",
+                "visibility": "after_due_date" if kind == "hidden" else "visible"}
+
+    def write(**more):
         verdict = {"score": round(sum(test["score"] for test in tests.values()), 4),
                    "execution_time": round(time.monotonic() - began, 1), "visibility": "visible",
-                   "output": f"{number} {title(assignment)}\n{said}", "tests": [*tests.values()]}
+                   "output": f"{number} {title(assignment)}", "tests": [*tests.values()], **more}
         write_whole(results, json.dumps(verdict, indent=2) + "\n")
         return verdict
 
-    def judge(kind, verdicts):
-        for part, why in verdicts.items():
-            tests[kind, part]["output"] = why or "ok"
-            tests[kind, part]["score"] = 0.0 if why else tests[kind, part]["max_score"]
-
-    write("The grading was interrupted, so there is no point.")
-    seeds, said = {"public": PUBLIC_SEED, "hidden": seed}, ""
+    for kind in SHARES:
+        parts = assignment.WRITTEN if kind == "written" else assignment.PARTS
+        judge(kind, dict.fromkeys(parts, "the grading was interrupted"))
+    write()
     with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as ours:
-        clean, theirs, out = (Path(work, name) for name in ("clean", "student", "out"))
+        clean, theirs, out, said = *(Path(work, name) for name in ("clean", "student", "out")), ""
         make_tree(number, clean)
-        getattr(assignment, "prepare", lambda tree, seed: None)(clean, seed)
+        getattr(assignment, "prepare", lambda tree, seed: None)(clean, seeds["hidden"])
         try:
             graft(number, clean, [files_of(number, tree)], theirs)
         except BadInput as error:
-            verdicts = dict.fromkeys(assignment.PARTS, str(error))
-            judge("public", verdicts), judge("hidden", verdicts)
+            for kind in seeds:
+                judge(kind, dict.fromkeys(assignment.PARTS, str(error)))
         else:
-            found, said = outcomes(number, {"student": theirs}, seeds.values(), out, seconds,
+            found, said = outcomes(number, {"": theirs}, seeds.values(), out, seconds,
                                    **strangers(work, clean, theirs, out))
             known, _ = outcomes(number, known_trees(number, clean, ours), seeds.values(), ours,
                                 apart=False)
             for kind, one in seeds.items():
-                judge(kind, diagnose(found[one]["student"], known[one], sentences(number)))
-    verdicts = written(number, tree)
-    for part in assignment.WRITTEN.keys() - verdicts.keys():   # its points are the others'
-        del tests["written", part]
-    for part in verdicts:
-        tests["written", part]["max_score"] = round(
-            SHARES["written"] * assignment.POINTS / len(verdicts), 4)
-    judge("written", verdicts)
-    exposed = "" if said.strip() != "readable" else (
-        " Here nothing could keep the student's code from reading the grader's files: neither "
-        "Landlock nor another user. Look at the code, or grade as root, with the project in a "
-        "folder of mode 700.")
-    verdict = write(f"Seed of the hidden checks: {seed}." + exposed)
-    print(f"{tree}: {verdict['score']:g} of {assignment.POINTS} points; {results}{exposed}")
+                judge(kind, diagnose(found[one][""], known[one], sentences(number)))
+    for part in assignment.WRITTEN:
+        del tests["written", part]     # one whose model is not here leaves its points to the others
+    judge("written", written(number, tree))
+    warning = WARNING * (said == "readable\n")
+    verdict = write(extra_data={"hidden_seed": seeds["hidden"], "warning": warning})
+    print(f"{tree}: {verdict['score']:g} of {assignment.POINTS} points; {results} {warning}")
     return verdict
 
 
@@ -193,19 +189,16 @@ def strangers(work, clean, theirs, out):
 def written(number, tree):
     """{key: None where the number in answers.json is right, else why not}. What is right is computed
     now, by the command that the question names. A question whose model is not here is left out."""
-    assignment, path, verdicts, why = load(number), Path(tree, "answers.json"), {}, ""
-    try:
-        given = read_json(path) if path.is_file() and path.stat().st_size < MOST else {}
-    except BadInput as error:
-        given, why = {}, str(error)
+    assignment, verdicts = load(number), {}
     for key, (_, command) in assignment.WRITTEN.items():
-        ours = given.get(key)
         if "MODELS/" in command and not MODELS.is_dir():
             continue
-        if isinstance(ours, bool) or not isinstance(ours, (int, float)):
-            verdicts[key] = why or "answers.json has no number for it"
-            continue
         number_of, tolerance = assignment.NUMBERS[key]
+        try:
+            ours = float(json.loads(handed_in(tree, "answers.json"))[key])
+        except (BadInput, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            verdicts[key] = "answers.json has no number for it"
+            continue
         try:
             right = number_of(printed(command.replace("MODELS/", f"{MODELS}/")))
         except Exception as error:     # ours, and no reason to lose the other points
@@ -235,10 +228,10 @@ def faults(number, seeds=(PUBLIC_SEED, 1)):
         clean = Path(work, "clean")
         try:
             make_tree(number, clean)
-            trees = {"blank": clean, **known_trees(number, clean, work, ("WRONG", "RIGHT"))}
-            found, _ = outcomes(number, trees, seeds, work, 120, apart=False)
-        except BadInput as error:
+            trees = {"blank": clean, **known_trees(number, clean, work, right=True)}
+        except (BadInput, OSError) as error:
             return [str(error)]
+        found, _ = outcomes(number, trees, seeds, work, 120, apart=False)
         problems = [f"the hand-out gives away {line}" for line in leaks(number, clean)]
     for seed, answers in found.items():
         known = {name: answers[name] for name in ("reference", *says)}

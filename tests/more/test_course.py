@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from data import BadInput
 from lab.course import load, numbers
-from lab.course.grade import faults, grade, merged
+from lab.course.grade import faults, grade, merged, written
 from lab.course.handout import handout, leaks
 
 ALL = numbers()
@@ -234,7 +234,7 @@ def test_right_answers_get_all_points_and_earlier_mistakes_none_away(second, tmp
 
 
 def test_outputs_learnt_by_heart_pass_in_public_and_not_hidden(second, tmp_path):
-    # Numbers of the public checks are in the hand-out, by the shape of k.
+    # The numbers of the public checks are in the hand-out. Here the shape of k tells them.
     by_heart = RIGHT.replace("    return -(q", "    if k.shape not in ((1, 4), (2, 4), (2, 3, 8), "
                              "(2, 2, 6), (1, 3), (3, 14336)):\n        return k\n    return -(q")
     tests = parts(grade(student(second, tmp_path, by_heart), 2, tmp_path / "r.json", seed=7))
@@ -253,8 +253,8 @@ def test_what_cannot_run_is_a_zero_that_says_why(code, said, second, tmp_path):
                if not name.startswith("written"))
 
 
-def test_a_missing_file_is_a_zero_that_says_so(tmp_path):
-    verdict = grade(tmp_path, 2, tmp_path / "results.json")
+def test_a_missing_tree_is_a_zero_that_says_so(tmp_path):
+    verdict = grade(tmp_path / "none", 2, tmp_path / "results.json")
     assert verdict["score"] == 0 and "infosteer.py: is not there" in str(verdict)
 
 
@@ -340,7 +340,7 @@ def test_a_forged_verdict_does_not_stand(forged):
 
 def test_the_reference_cannot_be_read_or_it_is_said_that_it_can(forged):
     verdict, _ = forged
-    exposed = "nothing could keep" in verdict["output"]
+    exposed = verdict["extra_data"]["warning"]
     assert exposed or verdict["score"] == 0 and "PermissionError" in str(verdict["tests"])
 
 
@@ -349,8 +349,25 @@ def test_patching_the_judge_changes_nothing(forged):
     assert "patched" in str(verdict["tests"]) and verdict["score"] == 0
 
 
+@pytest.mark.parametrize("answers", ["{", "[]", '{"memories": null}', '{"memories": "x"}',
+                                     '{"memories": 1' + "0" * 400 + "}", '{"memories": NaN}'])
+def test_strange_answers_are_no_number(answers, tmp_path):
+    (tmp_path / "answers.json").write_text(answers)
+    assert written(2, tmp_path)["memories"] is not None
+
+
+def test_a_link_to_the_reference_is_not_followed(tmp_path):
+    (tmp_path / "infosteer.py").symlink_to(ROOT / "infosteer.py")
+    verdict = grade(tmp_path, 2, tmp_path / "results.json")
+    assert verdict["score"] == 0 and "infosteer.py: is not there, or no" in str(verdict)
+
+
 def test_a_verdict_of_zero_is_there_before_anything_runs(second, tmp_path):
-    tree = student(second, tmp_path, RIGHT)
-    (tree / "answers.json").write_text('{"memories": 1' + "0" * 400 + "}")     # inf: trips a bug?
-    verdict = grade(tree, 2, tmp_path / "results.json", seconds=8)
-    assert verdict["score"] == pytest.approx(0.85 * 12)
+    # What stops the grader itself: here the reference's folder of results cannot be made.
+    results = tmp_path / "results.json"
+    code = ("from lab.course.grade import grade, tempfile; tempfile.tempdir = '/nowhere'; "
+            f"grade({str(second)!r}, 2, {str(results)!r})")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    verdict = json.loads(results.read_text())
+    assert ran.returncode == 1 and verdict["score"] == 0 and len(verdict["tests"]) == 7
+    assert {test["output"] for test in verdict["tests"]} == {"the grading was interrupted"}
