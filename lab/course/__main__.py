@@ -43,8 +43,8 @@ def read_settings(argv=None):
                 "selftest": "grade the grader by its known right and wrong answers"}.items()}
     adds["grade"]("tree", metavar="DIR", help="the folder that the student hands in")
     for name, add in adds.items():
-        add("number", type=int, choices=numbers(), help="of the assignment",
-            **{"nargs": "*"} if name == "selftest" else {})
+        add("number", type=int, help="of the assignment",
+            **{"nargs": "*"} if name == "selftest" else {"choices": numbers()})
     adds["handout"]("--out", metavar="DIR", required=True, help="a new or an empty folder")
     adds["grade"]("--results", metavar="FILE", default="results.json",
                   help="the verdict (default: %(default)s)")

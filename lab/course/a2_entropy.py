@@ -33,7 +33,7 @@ HINTS = (
     "For each token, first make its coefficients a distribution over the memories: shares that are "
     "not negative and sum to 1. Then take the entropy of the shares. A memory that speaks loudly "
     "against something is awake too.",
-    "k [..., d_m] -> q [..., d_m] -> H [...]: q_i = |k_i| / sum_j |k_j| and H = -sum_i q_i log q_i, "
+    "k [..., d_m] -> q [..., d_m] -> H [...]: q_i = |k_i| / sum_j |k_j|, H = -sum_i q_i log q_i, "
     "over the last dimension, in fp32 or wider. 0 log 0 counts as 0, but a computer says that 0 "
     "times minus infinity is not a number; and the slope of q log q at 0 is infinite.",
     "Take absolute values, in fp32 unless they are fp64. Let none be smaller than the smallest "
@@ -104,7 +104,8 @@ def but(line, new):
 
 RIGHT = {
     "q log q of clamped shares": CODE,
-    "log S - (sum a log a) / S": but(H, "return a.sum(-1).log() - (a * a.log()).sum(-1) / a.sum(-1)"),
+    "log S - (sum a log a) / S": but(H, "S = a.sum(-1)\n"
+                                        "    return S.log() - (a * a.log()).sum(-1) / S"),
     "logsumexp of log a": but(H, "b = a.log()\n    return b.logsumexp(-1) - (q * b).sum(-1)"),
 }
 WRONG = {
@@ -112,8 +113,8 @@ WRONG = {
              but(H, "return -(q * q.log2()).sum(-1)")),
     "no abs": ("k has both signs, and k / sum k has negative shares, which have no logarithm",
                but(A, "a = k.to(wide)")),
-    "only positive": ("negative coefficients are left out; a memory that speaks against something is "
-                      "awake too: it is their magnitude that counts",
+    "only positive": ("negative coefficients are left out; a memory that speaks against something "
+                      "is awake too: it is the magnitude that counts",
                       but(A, "a = k.to(wide).clamp_min(torch.finfo(wide).tiny)")),
     "softmax of |k|": ("these are shares by softmax of |k|; eq. 5 divides |k| by its sum",
                        but(Q, "q = a.softmax(-1)")),
@@ -129,7 +130,7 @@ WRONG = {
                          H, "    return -(q * q.log()).sum(-1).to(wide)\n")),
     "entr": ("at k = 0 the slope of -q log q is infinite, as of torch.special.entr, and times the "
              "slope of |k| it is not a number; keep |k| above 0",
-             but(A, "a = k.abs().to(wide)").replace(H, "    return torch.special.entr(q).sum(-1)\n")),
+             but(A, "a = k.abs().to(wide)").replace(H, "    return torch.special.entr(q).sum(-1)")),
     "over tokens": ("this is a distribution over tokens; the memories are the last dimension",
                     but(Q, "q = a / a.sum(-2, keepdim=True)")),
     "mean for sum": ("this is the mean over the memories; the entropy is a sum over them",

@@ -7,6 +7,8 @@ Plain PyTorch is enough, and the tensor that is given to you must stay as it is.
 
 Here: tests/test_03_intervention.py. Work out k = (4, -1, 3, -8) on paper first.
 """
+import re
+
 import torch
 
 from lab.course.probe import draw
@@ -18,36 +20,33 @@ REMOVE = ("infosteer.py::Intervene", *(f"tests/test_03_intervention.py::{name}" 
     "test_the_formula_refuses_an_intervention_where",
     "test_in_bf16_as_many_are_raised_to_the_same_value")))
 HINTS = (
-    "Three questions for each token: how many, which ones, and to what? By magnitude, an idle memory "
-    "is one near 0, and it keeps its side when it is woken. By value, the smallest are the most "
-    "negative. All tensors that answer are new ones; autograd does the rest.",
-    "n = max(1, round(p d_m)). With s = |k| or k, [..., d_m]: the n smallest s of the last dimension, "
-    "and m = mean of s over it, [..., 1], before anything is changed. There k becomes alpha m, times "
-    "-1 where k < 0 if s is |k|. dk'/dk is 0 at replaced entries, but for what comes by the mean.",
-    "Choose n indices by topk with largest=False; not by a comparison with the n-th smallest, since "
-    "equals would all be raised. Take the mean with keepdim. Where k is below 0 and you rank by "
-    "magnitude, negate it. Put the values at these indices of a copy: scatter without an underscore.",
+    "Three questions for each token: how many, which ones, and to what? By magnitude, an idle "
+    "memory is one near 0, and it keeps its side when it is woken. By value, the smallest are the "
+    "most negative. Make new tensors, and autograd does the rest.",
+    "s = |k| or k, [..., d_m]. The n = max(1, round(p d_m)) smallest of the last dimension become "
+    "alpha m, with m = mean of s over it, [..., 1], before anything changes; by magnitude times -1 "
+    "where k < 0. dk'/dk is 0 at what is replaced, but for what comes by the mean.",
+    "Choose n indices by topk with largest=False; not by comparing with the n-th smallest, since "
+    "equals would all be raised. Take the mean with keepdim. By magnitude, negate it where k is "
+    "below 0. Put the values at these indices of a copy: scatter without an underscore.",
 )
 
 
 def put(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor(numbers).double()
 
 
 def raised(seed):
     from infosteer import intervene
-    k = put([[4, -1, 3, -8]])
-    for rank_by in ("magnitude", "value"):
-        yield f"k = [[4, -1, 3, -8]], p = 1/4, by {rank_by}", intervene(k, 0.25, 1.0, rank_by)
+    small, hundred, k = put([[4, -1, 3, -8]]), torch.arange(1, 101).double(), draw(seed, 2, 3, 8)
+    for by in ("magnitude", "value"):
+        yield f"k = [[4, -1, 3, -8]], p = 1/4, by {by}", intervene(small, 0.25, 1.0, by)
+        yield f"2 sequences, 3 tokens, by {by}", intervene(k, 0.3, 2.0, by)
     yield "k = [[1, 5], [30, 10]], p = 1/2", intervene(put([[1, 5], [30, 10]]), 0.5)
-    for p in (0.001, 0.014, 0.026, 0.38):
-        k = torch.arange(1, 101).double()
-        yield f"how many of 100 are raised by p = {p}", (intervene(k, p, 3.0) != k).sum()
-    k = draw(seed, 2, 3, 8)
-    for rank_by in ("magnitude", "value"):
-        yield f"2 sequences, 3 tokens, by {rank_by}", intervene(k, 0.3, 2.0, rank_by)
-    yield "the same, alpha = -1/2", intervene(k, 0.3, -0.5)
-    yield "the same, p = 0", intervene(k, 0.0)
+    for p in (0.001, 0.014, 0.026):
+        yield f"of 100, how many p = {p} raises", (intervene(hundred, p, 3.0) != hundred).sum()
+    yield "2 sequences, alpha = -1/2", intervene(k, 0.3, -0.5)
+    yield "2 sequences, p = 0", intervene(k, 0.0)
 
 
 def signs(seed):
@@ -57,12 +56,9 @@ def signs(seed):
     # Which of two equals is raised is free. How many are, and to what, is not.
     yield "k = [[1, 1, 1, 5]], p = 1/2, sorted", intervene(put([[1, 1, 1, 5]]), 0.5).sort().values
     k = draw(seed, 4, 300).bfloat16()
-    new = intervene(k, 0.1, 3.0)
-    yield "300 coefficients in bf16: how many are raised", (new != k).sum(-1)
+    kept, new = k.clone(), intervene(k, 0.1, 3.0)
+    yield "300 coefficients in bf16: how many are raised", (new != kept).sum(-1)
     yield "300 coefficients in bf16, sorted", new.sort().values
-    k = draw(seed, 2, 8)
-    kept = k.clone()
-    intervene(k, 0.3)
     yield "is the given tensor as it was?", torch.equal(k, kept)
 
 
@@ -81,25 +77,19 @@ def gradient(seed):
 
 
 PARTS = {"which, how many, how far": raised, "signs, zeros, ties": signs, "gradient": gradient}
-TOY = "python eval.py --model data/toy/llama --change"
-REAL = ("python eval.py --model MODELS/smollm2-135m-instruct --change --task toy-plain "
-        "--data data/toy")
-ASK = ("Before you run it: p is 1% of the memories, and k is about as often positive as negative. "
-       "Estimate on paper how far eq. 4 moves the answer of {}, in percent, by {}; write your "
-       "estimate under `why`, and the command's mean here.")
-WRITTEN = {f"{model}_{rank_by}": (ASK.format(named, rank_by), command)
-           for model, named, command in (("toy", "the toy model", TOY),
-                                         ("real", "a real model", REAL))
+CHANGE = "python eval.py --change --task toy-plain --data data/toy --model "
+ASK = ("How far does eq. 4 with p = 1% move what the memories of a {} model answer, by {}, in "
+       "percent? Estimate it on paper under `why`. Here goes the mean that the command prints.")
+WRITTEN = {f"{name} {rank_by}": (ASK.format(name, rank_by), CHANGE + model)
+           for name, model in (("toy", "data/toy/llama"), ("real", "MODELS/smollm2-135m-instruct"))
            for rank_by in ("magnitude", "value")}
 
 # ------------------------------------------------------------------------------- not handed out
 
 
-def percent(line):
-    return lambda output: float(output.splitlines()[line].split("by ")[1].split("%")[0])
-
-
-NUMBERS = {key: (percent(key.endswith("value")), 0.05) for key in WRITTEN}
+NUMBERS = {key: (lambda said, name=name: float(re.search(rf"^{name} changes.* ([\d.]+)%  *\(", said,
+                                                        re.M)[1]), 0.05)
+           for key, name in zip(WRITTEN, ("int", "int-value") * 2)}
 CODE = """
 def intervene(k, p=0.01, alpha=1.0, rank_by="magnitude"):
     if p == 0:
@@ -129,8 +119,8 @@ RIGHT = {
 WRONG = {
     "mean detached": ("the mean is detached; the gradient flows through it to every coefficient",
                       but(MEAN, "mean = size.mean(-1, keepdim=True).detach()")),
-    "signed mean": ("this is the mean of k with its signs, which cancel; by magnitude it is that of "
-                    "|k|", but(MEAN, "mean = k.mean(-1, keepdim=True)")),
+    "signed mean": ("this is the mean of k with its signs, which cancel; by magnitude it is that "
+                    "of |k|", but(MEAN, "mean = k.mean(-1, keepdim=True)")),
     "int()": ("the number is cut off by int(); it is rounded to the nearest",
               but(N, "n = max(1, int(p * k.shape[-1]))")),
     "ceil": ("the number is rounded up; it is rounded to the nearest",
@@ -139,24 +129,22 @@ WRONG = {
                    but(MEAN, "mean = size.mean()")),
     "sign lost": ("the sign is lost: by magnitude, a negative coefficient stays negative",
                   but(RAISED, "raised = alpha * mean * torch.ones_like(k)")),
-    "torch.sign": ("torch.sign(0) is 0, so what is exactly 0 stays asleep; a zero counts as positive",
+    "torch.sign": ("torch.sign(0) is 0, so what is 0 stays asleep; a zero counts as positive",
                    CODE.replace("torch.where(k < 0, -1, 1)", "k.sign()")),
     "ties": ("equals are all raised, so more than n; choose n by their places, not by comparing",
              but(CHOSEN, "chosen = size <= size.kthvalue(n, -1, keepdim=True).values")),
     "straight-through": ("the gradient flows through replaced entries as if they had stayed",
-                         but(RAISED, RAISED.strip() + "\n    raised = k + (raised - k).detach()")),
+                         but(END, "return k + (torch.where(chosen, raised, k) - k).detach()")),
     "in place": ("the given tensor is changed in place; others still need it, autograd too",
                  but(END, "k[chosen] = raised[chosen].detach()\n    return k")),
     "largest": ("the largest are replaced; eq. 4 raises the smallest",
                 CODE.replace("largest=False", "largest=True")),
     "added": ("alpha times the mean is added to the coefficient; eq. 4 puts it in its place",
               but(RAISED, RAISED.strip() + " + k")),
-    "mean of the kept": ("this is the mean of those that stay; it is the mean of all, before",
-                         but(MEAN, "mean = (size * ~chosen).sum(-1, keepdim=True) "
-                                   "/ (~chosen).sum(-1, keepdim=True)")),
-    "whole batch": ("the smallest are those of the whole batch; each token has smallest of its own",
-                    but(CHOSEN, "n = n * k[..., 0].numel()\n"
-                        "    chosen = size.flatten().argsort().argsort().view_as(k) < n")),
-    "one reading": ("rank_by=\"value\" gives the same as \"magnitude\"",
-                    but(BY, "magnitude = True")),
+    "mean of the kept": ("this is the mean of those that stay; it is the mean of all, before", but(
+        MEAN, "mean = (size * ~chosen).sum(-1, keepdim=True) / (~chosen).sum(-1, keepdim=True)")),
+    "whole batch": ("the smallest are those of the whole batch; each token has its own", but(
+        CHOSEN, "n *= k[..., 0].numel()\n"
+        "    chosen = size.flatten().argsort().argsort().view_as(k) < n")),
+    "one reading": ('rank_by="value" gives the same as "magnitude"', but(BY, "magnitude = True")),
 }

@@ -34,12 +34,13 @@ def outcomes(number, trees, seeds, folder, seconds=SECONDS, apart=True, request=
             for n, tree in enumerate(trees.values())]
     if apart:
         jobs = [[tree, number, [one]] for tree, _, several in jobs for one in several]
-    program = [sys.executable, "-B", str(Path(jobs[0][0], "lab", "course", "probe.py"))]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=request and subprocess.PIPE or None,
-                          text=True, start_new_session=True, **process) as running:
+    program, text = Path(jobs[0][0], "lab", "course", "probe.py"), json.dumps(
+        {"jobs": jobs, "seconds": seconds, **request})
+    with subprocess.Popen([sys.executable, "-B", program], stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE if request else None, start_new_session=True,
+                          **process) as running:
         try:
-            said, _ = running.communicate(
-                json.dumps({"jobs": jobs, "seconds": seconds, **request}), len(jobs) * seconds + 60)
+            said, _ = running.communicate(text, len(jobs) * seconds + 60)
         except (subprocess.TimeoutExpired, BrokenPipeError):   # it was stopped, or killed
             said = ""
         running.kill()

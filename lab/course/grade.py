@@ -1,8 +1,9 @@
 """Grade a student's tree, and grade the grader.
 
-The student's definitions are grafted onto a clean hand-out. `probe.py` runs them there, in processes
-of their own that can neither read the reference nor write the verdict. When these are gone, the
-reference runs at the same seeds, and this process compares. Until then results.json says zero.
+The student's definitions are grafted onto a clean hand-out. `probe.py` runs them there, in
+processes of their own that can neither read the reference nor write the verdict. When these are
+gone, the reference runs at the same seeds, and this process compares. Until then results.json says
+zero.
 """
 import ast
 import functools
@@ -26,16 +27,15 @@ from lab.course.handout import leaks, make_tree, units
 ALLOWED = {"torch", "tiktoken", "safetensors", "numpy", "tqdm", "pytest", "infosteer", "model",
            "train", "eval", "data", "lab", *sys.stdlib_module_names}
 MODELS = Path(os.environ.get("INFOSTEER_MODELS", ROOT.parent / "models"))
-WARNING = ("Nothing kept the student's code from reading the grader's files here: neither Landlock "
-           "nor another user. Read the code, or grade as root, with the project in a folder of mode "
-           "700.")
+WARNING = ("nothing keeps the student's code from reading the grader's files here, neither Landlock"
+           " nor another user: read the code, or grade as root, with it in a folder of mode 700")
 
 # ------------------------------------------------------------------------------------ grafting
 
 
 def merged(clean, theirs, wanted, removed):
-    """A clean file's text with the definitions `wanted` that the text `theirs` has, and with all that
-    it adds. Raises BadInput for the import of another package, and SyntaxError."""
+    """A clean file's text with the definitions `wanted` that the text `theirs` has, and with all
+    that it adds. Raises BadInput for the import of another package, and SyntaxError."""
     for node in ast.walk(ast.parse(theirs)):
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
                      [node.module or ""] if isinstance(node, ast.ImportFrom) else []):
@@ -106,7 +106,7 @@ def known_trees(number, clean, work, right=False):
 
 
 def write_expected(number, folder, clean):
-    """What a hand-out knows of the right and the wrong answers: their numbers for the public seed."""
+    """What a hand-out knows of the right and the wrong answers: numbers for the public seed."""
     with tempfile.TemporaryDirectory() as work:
         outcomes(number, known_trees(number, clean, work), [PUBLIC_SEED], folder, apart=False)
     write_whole(Path(folder, f"{number}.json"), json.dumps(sentences(number), indent=2) + "\n")
@@ -167,8 +167,8 @@ def grade(tree, number, results, seed=None, seconds=SECONDS):
 
 
 def strangers(work, clean, theirs, out):
-    """How `outcomes` starts a process that runs a student's code: it may read the two trees and write
-    to `out` alone; and it is the user nobody, if we are root and nobody can run Python here."""
+    """How `outcomes` starts a process that runs a student's code: it may read the two trees and
+    write to `out` alone, and is the user nobody if we are root and nobody can run Python here."""
     out.mkdir()
     how = {"cwd": clean, "env": {**os.environ, "TMPDIR": str(out)},
            "request": {"secret": str(ROOT / "infosteer.py"), "write": [str(out)],
@@ -187,8 +187,8 @@ def strangers(work, clean, theirs, out):
 
 
 def written(number, tree):
-    """{key: None where the number in answers.json is right, else why not}. What is right is computed
-    now, by the command that the question names. A question whose model is not here is left out."""
+    """{key: None where the number in answers.json is right, else why not}. What is right is
+    computed now, by the question's command. A question whose model is not here is left out."""
     assignment, verdicts = load(number), {}
     for key, (_, command) in assignment.WRITTEN.items():
         if "MODELS/" in command and not MODELS.is_dir():
@@ -220,9 +220,9 @@ def printed(command):
 
 
 def faults(number, seeds=(PUBLIC_SEED, 1)):
-    """What is wrong with an assignment, in lines: the blanked tree must score nothing, the reference
-    and every right answer everything; a wrong answer must lose points and be called by its name; no
-    two may give the same; and no line of the reference may stand in the hand-out."""
+    """What is wrong with an assignment, in lines: the blanked tree must score nothing, and the
+    reference and every right answer everything; a wrong answer must lose points and get its own
+    sentence; no two may give the same; no line of the reference may stand in the hand-out."""
     assignment, says = load(number), sentences(number)
     with tempfile.TemporaryDirectory() as work:
         clean = Path(work, "clean")

@@ -1,7 +1,7 @@
 """Make the tree that students get: the project, with what they shall write blanked.
 
-A name is written as in pytest: `infosteer.py::key_entropy`, `model.py::KeyValueMemory.forward`, or a
-whole file. Definitions are found by their names, so that lines may move.
+A name is written as in pytest: `infosteer.py::key_entropy`, `model.py::KeyValueMemory.forward`, or
+a whole file. Definitions are found by their names, so that lines may move.
 """
 import ast
 import json
@@ -50,7 +50,7 @@ def units(source):
 
 
 def stub(text, message):
-    """A function's head and docstring with an exception for a body; nothing for another statement."""
+    """A function's head and docstring, with an exception for a body; nothing for another thing."""
     node = ast.parse(textwrap.dedent(text)).body[0]
     if not isinstance(node, ast.FunctionDef):
         return ""
@@ -61,8 +61,8 @@ def stub(text, message):
 
 
 def rewrite(path, name, new):
-    """Put new(text) in the place of the first definition of `name` in a file, and remove its others.
-    Raises BadInput where there is none."""
+    """Put new(text) in the place of the first definition of `name` in a file, and remove its
+    others. Raises BadInput where there is none."""
     parts, texts = units(path.read_text("utf-8")), []
     for names, text in parts:
         if name in names:

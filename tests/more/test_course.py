@@ -198,7 +198,8 @@ def test_the_project_itself_is_no_hand_out():
 
 
 def test_helpers_and_imports_are_taken_and_changes_elsewhere_are_not():
-    clean = "import os\n\n\ndef one():\n    return 1\n\n\ndef two():\n    raise NotImplementedError\n"
+    clean = ("import os\n\n\ndef one():\n    return 1\n\n\ndef two():\n"
+             "    raise NotImplementedError\n")
     theirs = ("import os\nimport math\n\n\ndef one():\n    return 7\n\n\ndef half():\n    return "
               "math.pi / 2\n\n\ndef two():\n    return half() + one()\n")
     made = {}
