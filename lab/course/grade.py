@@ -68,9 +68,9 @@ def graft(number, clean, answers, out):
             if wanted != {""}:
                 text = merged(Path(out, file).read_text("utf-8"), text, wanted, removed)
             write_whole(Path(out, file), text)
-        except (BadInput, SyntaxError, ValueError) as error:   # ValueError: null bytes
+        except (BadInput, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
-            raise BadInput(f"{file}{line}: {error.args[0]}") from None
+            raise BadInput(f"{file}{line}: {(error.args or ['nested too deeply'])[0]}") from None
     return out
 
 
