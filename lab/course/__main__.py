@@ -71,4 +71,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "lab.course"         # an error's first word
     command(main)

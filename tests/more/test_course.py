@@ -246,7 +246,8 @@ def test_outputs_learnt_by_heart_pass_in_public_and_not_hidden(second, tmp_path)
 @pytest.mark.parametrize("code, said", [
     ("def key_entropy(k:\n", "infosteer.py, line "),
     ("import scipy\n" + RIGHT, "imports scipy, which is no package"),
-    ("\0", "infosteer.py: "), ("(" * 99_999, "infosteer.py"), ("-" * 99_999 + "1", "infosteer.py: "),
+    ("\0", "infosteer.py: "), ("(" * 99_999, "infosteer.py"),
+    ("-" * 99_999 + "1", "infosteer.py: nested too deeply"),
     ("", "NotImplementedError: assignment 2: write key_entropy")],
     ids=["syntax", "package", "null", "brackets", "deep", "nothing"])
 def test_what_cannot_run_is_a_zero_that_says_why(code, said, second, tmp_path):
