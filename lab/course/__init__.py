@@ -12,7 +12,6 @@ ROOT = HERE.parents[1]                 # the tree that is checked: the project, 
 EXPECTED = HERE / "expected"           # in a hand-out: what the right and the wrong answers give
 PUBLIC_SEED = 0                        # of the public checks; a hidden one has another
 SHARES = {"public": 0.60, "hidden": 0.25, "written": 0.15}     # of an assignment's points
-NOT_HANDED_OUT = "# " + "-" * 79 + " not handed out\n"         # below it, the teacher's part
 
 
 def numbers():

@@ -1,10 +1,11 @@
 """Compare what students' code gives with what the reference and the known wrong answers give.
 
-An outcome is what one part of an assignment gave: (cases {name: tensor} in order, an error or "").
-Answers are {name: {part: outcome}}, and one of them is "reference".
+An outcome is what one part of an assignment gave: {case: tensor, "error": text}. Answers are
+{name: {part: outcome}}, and one of them is "reference".
 """
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,32 +22,28 @@ from lab.course import EXPECTED, PUBLIC_SEED, ROOT, SHARES, load, title
 SECONDS = 20                           # for each part; the reference takes one or two
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
-# -------------------------------------------------------------------------- outcomes, as files
 
-
-def outcomes(number, trees, seeds, folder, seconds=SECONDS, apart=True, request={}, **process):
-    """Run an assignment's parts on trees {name: tree} -> ({seed: answers}, what probe.py printed).
-    Outcomes are written to `folder`. apart: each part in a process of its own. request: more for
-    probe.py; process: more for Popen."""
-    parts = list(load(number).PARTS)
-    jobs = [[str(tree), number, [[part, seed, str(place(folder, n, seed, i))]
-                                 for seed in seeds for i, part in enumerate(parts)]]
-            for n, tree in enumerate(trees.values())]
-    if apart:
-        jobs = [[tree, number, [one]] for tree, _, several in jobs for one in several]
-    program, text = Path(jobs[0][0], "lab", "course", "probe.py"), json.dumps(
-        {"jobs": jobs, "seconds": seconds, **request})
-    with subprocess.Popen([sys.executable, "-B", program], stdin=subprocess.PIPE, text=True,
-                          stdout=subprocess.PIPE if request else None, start_new_session=True,
-                          **process) as running:
+def outcomes(number, trees, seeds, folder, seconds=SECONDS, request={}, **process):
+    """Run an assignment's parts on trees {name: tree} -> ({seed: answers}, exit status). `folder`
+    keeps the outcomes. The parts of a single tree, a student's, run in a process each. request:
+    more for probe.py; process: more for Popen."""
+    jobs = []
+    for n, tree in enumerate(map(str, trees.values())):
+        parts = [(part, seed, str(place(folder, n, seed, i)))
+                 for seed in seeds for i, part in enumerate(load(number).PARTS)]
+        jobs += [(tree, number, some)
+                 for some in ([[one] for one in parts] if len(trees) == 1 else [parts])]
+    words = [sys.executable, "-B", Path(jobs[0][0], "lab", "course", "probe.py"),
+             json.dumps({"jobs": jobs, "seconds": seconds, **request})]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **process
+                          ) as running, suppress(subprocess.TimeoutExpired, OSError):
         try:
-            said, _ = running.communicate(text, len(jobs) * seconds + 60)
-        except (subprocess.TimeoutExpired, BrokenPipeError):   # it was stopped, or killed
-            said = ""
-        running.kill()
-        with suppress(OSError, AttributeError):                # what it left behind; not on Windows
-            os.killpg(running.pid, signal.SIGKILL)
-    return {seed: read_answers(number, trees, seed, folder) for seed in seeds}, said
+            running.wait(len(trees) * len(parts) * seconds + 60)       # students may stop it
+        finally:
+            running.kill()
+            if hasattr(os, "killpg"):  # what it left behind; Windows has no such groups
+                os.killpg(running.pid, signal.SIGKILL)
+    return {seed: read_answers(number, trees, seed, folder) for seed in seeds}, running.returncode
 
 
 def place(folder, n, seed, i):
@@ -61,21 +58,21 @@ def read_answers(number, names, seed, folder):
 
 def read_outcome(path):
     """What probe.py wrote of a part. Nothing of the project reads it: students change that."""
-    try:
-        if not path.is_file():         # a pipe would let us wait for ever
-            return {}, "Ended: the process that ran it ended by itself"
-        with safe_open(path, framework="pt") as file:
-            return {case: file.get_tensor(case) for case in sorted(file.keys())}, \
-                file.metadata()["error"]
-    except (SafetensorError, OSError, TypeError, KeyError):
-        return {}, "Ended: what it wrote is no result"
+    with suppress(SafetensorError, OSError, TypeError, KeyError):
+        if path.is_file():             # a pipe would let us wait for ever
+            with safe_open(path, framework="pt") as file:
+                return {"error": file.metadata()["error"],
+                        **{case: file.get_tensor(case) for case in file.keys()}}
+    return {"error": "Ended: its process left no result"}
 
 
 # ------------------------------------------------------------------------------- what is wrong
 
 
 def same(one, other):
-    """Are two tensors the same but for rounding? A NaN equals a NaN."""
+    """Are two tensors the same but for rounding? A NaN equals a NaN. Are two errors of a kind?"""
+    if isinstance(one, str) and isinstance(other, str):
+        return one.split(":")[0] == other.split(":")[0]
     if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
         return False
     close = CLOSE.get(one.dtype, 0)
@@ -83,61 +80,48 @@ def same(one, other):
 
 
 def alike(one, other):
-    """The cases in which two outcomes are the same. An error is one more, compared by its kind."""
-    (cases, error), (others, another) = one, other
-    found = {case for case in cases | others if same(cases.get(case), others.get(case))}
-    return found | ({"error"} if error.split(":")[0] == another.split(":")[0] else set())
+    """In how many cases are two outcomes the same?"""
+    return sum(same(one.get(case), other.get(case)) for case in one | other)
 
 
 def agree(one, other):
-    return len(alike(one, other)) == len(one[0] | other[0]) + 1
+    return alike(one, other) == len(one | other)
 
 
 def diagnose(found, answers, sentences):
     """{part: None where it is right, else why not}: the sentence of the known wrong answer that
-    gives the same, or the smallest case that differs."""
-    common = {name: sum(len(alike(found[part], answer[part])) for part in found)
-              for name, answer in answers.items()}
+    gives the same, and of several the one that does so in most else; or what differs."""
+    likely = sorted(sentences, reverse=True, key=lambda name: sum(
+        alike(found[part], outcome) for part, outcome in answers[name].items()))
     verdicts = {}
     for part, outcome in found.items():
-        known = [name for name in sentences if agree(outcome, answers[name][part])]
-        if agree(outcome, answers["reference"][part]):
-            verdicts[part] = None
-        elif known:                    # of several, the one that is the same in most else
-            verdicts[part] = sentences[max(known, key=common.get)]
-        else:
-            wrong = [(answers[name][part][0], sentences[name])
-                     for name in sorted(sentences, key=common.get, reverse=True)]
-            verdicts[part] = difference(outcome, answers["reference"][part], wrong)
+        known = [sentences[name] for name in likely if agree(outcome, answers[name][part])]
+        right = answers["reference"][part]
+        verdicts[part] = None if agree(outcome, right) else [*known, difference(outcome, right)][0]
     return verdicts
 
 
-def difference(outcome, reference, wrong):
-    """The smallest case that differs, in words; and the sentence of a wrong answer that is the same
-    there. wrong: [(cases, sentence)], the most likely one first."""
-    found, error = outcome
-    for case, right in sorted(reference[0].items(), key=lambda item: (item[1].numel(), item[0])):
-        ours, where = found.get(case), case[3:]
-        if ours is None or same(ours, right):
+def difference(found, reference):
+    """The smallest case that differs, in words; or the error, if all before it are right."""
+    cases = found.keys() & reference.keys() - {"error"}
+    for case in sorted(cases, key=lambda case: (reference[case].numel(), case)):
+        ours, right, where = found[case], reference[case], case[3:]
+        if same(ours, right):
             continue
-        perhaps = next((f"; {why}" for cases, why in wrong if same(ours, cases.get(case))), "")
         if ours.shape != right.shape or ours.dtype != right.dtype:
             right, ours = (f"{list(t.shape)} {str(t.dtype)[6:]}" for t in (right, ours))
         elif right.numel() > 8:        # one number of many
-            pairs = zip(ours.flatten(), right.flatten())
-            at = next(i for i, pair in enumerate(pairs) if not same(*pair))
-            where += f", number {at + 1} of {right.numel()}"
-            right, ours = right.flatten()[at].tolist(), ours.flatten()[at].tolist()
-        else:
-            right, ours = right.tolist(), ours.tolist()
-        return f"{where}: expected {short(right)}, found {short(ours)}{perhaps}"
-    return error or "it gives other cases than it should"
+            pairs = enumerate(zip(ours.flatten(), right.flatten()), 1)
+            at, (ours, right) = next(pair for pair in pairs if not same(*pair[1]))
+            where += f", number {at} of {reference[case].numel()}"
+        return f"{where}: expected {short(right)}, found {short(ours)}"
+    return found["error"] or "it gives other cases than it should"
 
 
-def short(value):
-    if isinstance(value, list):
-        return f"[{', '.join(map(short, value))}]"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+def short(thing):
+    """A tensor's numbers with five digits each; a text as it is."""
+    text = str(thing.tolist() if torch.is_tensor(thing) else thing)
+    return re.sub(r"-?\d+\.\d+(e[-+]\d+)?", lambda number: f"{float(number[0]):.5g}", text)
 
 
 # ----------------------------------------------------------------------------------- commands
@@ -161,10 +145,6 @@ def check(number):
     for part, why in verdicts.items():
         print(f"  {'WRONG' if why else 'ok':<6} {part:<{width}} {0 if why else each:g}/{each:g}"
               + f"   {why}" * bool(why))
-    given = read_json(ROOT / "answers.json") if (ROOT / "answers.json").is_file() else {}
-    for key in assignment.WRITTEN:
-        if given.get(key) is None:
-            print(f"  open   {key}: there is no number for it in answers.json, see README.md")
     print("public checks only; hidden ones use other shapes. "
           f"Hint: python -m lab.course hint {number}")
 

@@ -1,0 +1,360 @@
+"""What only teachers have: blank the project, hand it out, grade what comes back, and grade the
+grader.
+
+A name is written as in pytest: `infosteer.py::key_entropy`, `model.py::KeyValueMemory.forward`, or
+a whole file. Definitions are found by their names, so that lines may move.
+"""
+import ast
+import functools
+import itertools
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from data import BadInput, progress, write_whole
+from lab.course import EXPECTED, HERE, PUBLIC_SEED, ROOT, SHARES, load, title
+from lab.course.check import SECONDS, agree, diagnose, outcomes
+
+SHIPPED = ("*.py", "requirements.txt", ".gitignore", "data/*.*", "data/toy/*.json",
+           "data/toy/*/*.json", "data/toy/*/model.safetensors", "lab/*.py", "tests/conftest.py",
+           "tests/helpers.py", "tests/test_0*.py", "tests/golden/**/*.[js]*",
+           *(f"lab/course/{name}.py" for name in ("__init__", "__main__", "probe", "check")))
+NOT_HANDED_OUT = "# " + "-" * 79 + " not handed out\n"         # below it, the teacher's part
+MODELS = Path(os.environ.get("INFOSTEER_MODELS") or ROOT.parent / "models")
+WARNING = ("nothing keeps the student's code from reading the grader's files here, neither Landlock"
+           " nor another user: read the code, or grade as root, with it in a folder of mode 700")
+
+# -------------------------------------------------------------------------------- definitions
+
+
+def bound(node):
+    """The names that a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    return {(one.asname or one.name).split(".")[0] if isinstance(one, ast.alias) else one.id
+            for one in ast.walk(node) if isinstance(one, ast.alias)
+            or isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+
+
+def units(source):
+    """A file cut into its statements, classes into their members too: [(names, text)]. The texts,
+    joined, are the file. Raises SyntaxError."""
+    cuts = [(0, set())]                # (its first line, the names it defines)
+    for node in ast.parse(source).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else []
+        for one, prefix in [(node, ""), *((member, f"{node.name}.") for member in inside)]:
+            first = min(part.lineno for part in (one, *getattr(one, "decorator_list", ())))
+            if bound(one) or not prefix:       # a class keeps its docstring
+                cuts.append((first - 1, {prefix + name for name in bound(one)}))
+    lines = source.splitlines(keepends=True)
+    ends = [first for first, _ in cuts[1:]] + [len(lines)]
+    return [(names, "".join(lines[first:end])) for (first, names), end in zip(cuts, ends)]
+
+
+def merged(clean, theirs, wanted, removed=frozenset()):
+    """The text of a file: its units, with the definitions `wanted` that other units have in the
+    place of its own, and with all that these add."""
+    places = {name: n for n, (names, _) in [*enumerate(clean)][::-1] for name in names}
+    known, added, mine = places.keys() - wanted - removed, [""] * len(clean), set()
+    last = min(places[name.split(".")[0]] for name in wanted) - 1
+    for names, text in theirs:         # what is new stands behind what it stood behind
+        last = max([last, *(places[name] for name in names & places.keys())])
+        if names - known:
+            added[last] += text
+            mine |= names - known
+    return "".join(text * (not names & mine) + more for (names, text), more in zip(clean, added))
+
+
+def rewrite(path, name, new):
+    """Put new(text) in the place of the first definition of `name` in a file, and remove its
+    others. Raises BadInput where there is none."""
+    parts = units(path.read_text("utf-8"))
+    names = {one for own, _ in parts for one in own if f"{one}.".startswith(f"{name}.")}
+    if name not in names:
+        raise BadInput(f"{path.name}: there is no {name}; has it moved?")
+    text = next(text for own, text in parts if name in own)
+    write_whole(path, merged(parts, [(names, new(text))], names))
+
+
+def stub(text, message):
+    """A function's head and docstring, with an exception for a body; nothing for another thing."""
+    node = ast.parse(textwrap.dedent(text)).body[0]
+    if not isinstance(node, ast.FunctionDef):
+        return ""
+    head = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+    indent = re.match(r"\s*", text.splitlines()[node.lineno - 1])[0] + "    "
+    return ("".join(text.splitlines(keepends=True)[:head])
+            + f'{indent}raise NotImplementedError("{message}")\n' + re.search(r"\n*$", text)[0])
+
+
+# -------------------------------------------------------------------------------------- trees
+
+
+def make_tree(number, out, seed=PUBLIC_SEED):
+    """Write the blanked tree of an assignment, which gives no answer away. Raises BadInput."""
+    assignment = load(number)
+    for path in {path for pattern in SHIPPED for path in ROOT.glob(pattern)}:
+        target = out / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    own = Path(assignment.__file__)
+    public, _, secret = own.read_text("utf-8").partition(NOT_HANDED_OUT)
+    if not secret:
+        raise BadInput(f"{own}: has no line {NOT_HANDED_OUT.strip()!r}")
+    write_whole(out / own.relative_to(ROOT), public.rstrip() + "\n")
+    for name, text in {**dict.fromkeys(assignment.REMOVE), **assignment.BLANK}.items():
+        file, _, own = name.partition("::")
+        why = f"assignment {number}: write {own}"
+        if name not in assignment.BLANK:
+            why = "left out here, as it would give the answer away"
+            text = "" if file.startswith("tests") else None
+        if own:
+            rewrite(out / file, own, lambda old: stub(old, why) if text is None else text)
+        elif name in assignment.BLANK:
+            write_whole(out / file, text)
+        else:
+            (out / file).unlink()
+    getattr(assignment, "prepare", lambda tree, seed: None)(out, seed)
+
+
+def graft(number, clean, answers, out):
+    """Make the tree `out`: `clean` with the definitions of some answers {file: text}, one after the
+    other. Raises BadInput."""
+    assignment = load(number)
+    shutil.copytree(clean.resolve(), out, copy_function=os.symlink)
+    removed = {name.partition("::")[2] for name in assignment.REMOVE}
+    for file, text in (item for answer in answers for item in answer.items()):
+        wanted = {own for where, _, own in (name.partition("::") for name in assignment.BLANK)
+                  if where == file}
+        try:
+            if wanted != {""}:
+                parts = units((out / file).read_text("utf-8"))
+                text = merged(parts, units(text + "\n"), wanted, removed)
+            write_whole(out / file, text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+            raise BadInput(f"{file}{line}: {(error.args or ['nested too deeply'])[0]}") from None
+    return out
+
+
+def handed_in(tree, file):
+    """The text of a file that a student hands in. Raises BadInput."""
+    path = Path(tree, file)            # a link could lead to the reference
+    if (not path.is_file() or path.stat().st_size > 2**20
+            or path.resolve() != Path(tree).resolve() / file):
+        raise BadInput(f"{file}: is not there, or no ordinary file below a megabyte")
+    return path.read_text("utf-8", errors="replace")
+
+
+def files_of(number, tree):
+    """What is graded of a tree: {file: text}. Raises BadInput."""
+    return {file: handed_in(tree, file)
+            for file in dict.fromkeys(name.partition("::")[0] for name in load(number).BLANK)}
+
+
+def known_trees(number, clean, work, right={}):
+    """The trees of the reference, of the wrong answers, and of those `right`: {name: tree}. What an
+    answer does not define is the reference's."""
+    assignment = load(number)
+    whole = getattr(assignment, "REFERENCE", None) or files_of(number, ROOT)
+    texts = {"reference": {}, **right,
+             **{name: text for name, (_, text) in assignment.WRONG.items()}}
+    return {name: graft(number, clean, [whole, text if isinstance(text, dict) else
+                                        {next(iter(whole)): text}], Path(work, f"tree{n}"))
+            for n, (name, text) in enumerate(texts.items())}
+
+
+def sentences(number):
+    return {name: sentence for name, (sentence, _) in load(number).WRONG.items()}
+
+
+def leaks(number, tree):
+    """The lines of the reference that stand somewhere in a hand-out all the same: those of code,
+    with 16 characters or more, that the blanked file lacks."""
+    def squeeze(path):
+        return re.sub(r"#.*|[^\S\n]+", "", path.read_text("utf-8", errors="replace"))
+
+    files = {name.partition("::")[0] for name in (*load(number).BLANK, *load(number).REMOVE)}
+    own = {line for file in files if (ROOT / file).is_file() and not file.startswith("tests")
+           for line in squeeze(ROOT / file).split() if line not in squeeze(tree / file)}
+    return sorted(f"{path.relative_to(tree)}: {line}" for path in tree.rglob("*.[pm][yd]")
+                  for text in [squeeze(path)] for line in own if len(line) > 15 and line in text)
+
+
+def handout(number, out):
+    """The whole hand-out: the tree, numbers to check against, texts. Raises BadInput."""
+    out, assignment = Path(out), load(number)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: is there already; a hand-out needs a new or an empty folder")
+    make_tree(number, out)
+    expected = out / EXPECTED.relative_to(ROOT)
+    expected.mkdir()
+    with tempfile.TemporaryDirectory() as work:
+        outcomes(number, known_trees(number, out, work), [PUBLIC_SEED], expected)
+    write_whole(expected / f"{number}.json", json.dumps(sentences(number), indent=2) + "\n")
+    words = {f"{name}_points": f"{share * assignment.POINTS:g}" for name, share in SHARES.items()}
+    words |= dict(number=number, title=title(assignment), minutes=assignment.MINUTES,
+                  seconds=SECONDS, task=assignment.__doc__.partition("\n")[2].strip(),
+                  blanked="\n".join(f"- `{name}`" for name in assignment.BLANK),
+                  total=assignment.POINTS, written="\n".join(
+                      textwrap.fill(f"- `{key}`: {question}", 98, subsequent_indent="  ")
+                      + f"\n\n      {command}\n"
+                      for key, (question, command) in assignment.WRITTEN.items()))
+    for template, name in (("student.md", "README.md"), ("tutor.md", "AGENTS.md")):
+        write_whole(out / name, (HERE / template).read_text("utf-8").format(**words))
+    empty = {**dict.fromkeys(assignment.WRITTEN), "why": ""}
+    write_whole(out / "answers.json", json.dumps(empty, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------- grading
+
+
+def grade(tree, number, results, seed=None, seconds=SECONDS):
+    """Grade a student's tree -> the verdict, which is written whatever the student's code does.
+
+    The student's definitions are put into a clean hand-out. `probe.py` runs them there, in
+    processes that can neither read the reference nor write the verdict. When these are gone, the
+    reference runs at the same seeds, and this process compares. Until then the verdict is zero.
+
+    seed: of the hidden checks; None or 0: drawn. seconds: for each part."""
+    began, assignment, status = time.monotonic(), load(number), 0
+    seeds = {"public": PUBLIC_SEED, "hidden": seed or 1 + secrets.randbelow(2**31)}
+    verdicts = {kind: dict.fromkeys(            # {part: None where it is right, else why not}
+        assignment.WRITTEN if kind == "written" else assignment.PARTS,
+        "the grading was interrupted") for kind in SHARES}
+
+    def write(**more):
+        tests = []
+        for kind, of_parts in verdicts.items():
+            most = round(SHARES[kind] * assignment.POINTS / max(1, len(of_parts)), 4)
+            tests += [{"name": f"{kind}: {part}", "score": 0.0 if why else most, "max_score": most,
+                       "output": why or "ok",
+                       "visibility": "after_due_date" if kind == "hidden" else "visible"}
+                      for part, why in of_parts.items()]
+        verdict = {"score": round(sum(test["score"] for test in tests), 4),
+                   "execution_time": round(time.monotonic() - began, 1), "visibility": "visible",
+                   "output": f"{number} {title(assignment)}", "tests": tests, **more}
+        write_whole(results, json.dumps(verdict, indent=2) + "\n")
+        return verdict
+
+    write()
+    with tempfile.TemporaryDirectory() as work:
+        clean, theirs, out = (Path(work, name) for name in ("clean", "student", "out"))
+        make_tree(number, clean, seeds["hidden"])
+        try:
+            graft(number, clean, [files_of(number, tree)], theirs)
+        except BadInput as error:
+            verdicts |= {kind: dict.fromkeys(assignment.PARTS, str(error)) for kind in seeds}
+        else:
+            found, status = outcomes(number, {"": theirs}, seeds.values(), out, seconds,
+                                     **strangers(work, out))
+            known, _ = outcomes(number, known_trees(number, clean, work), seeds.values(), work)
+            verdicts |= {kind: diagnose(found[one][""], known[one], sentences(number))
+                         for kind, one in seeds.items()}
+    verdicts["written"], warning = written(number, tree), WARNING * (status != 0)
+    verdict = write(extra_data={"hidden_seed": seeds["hidden"], "warning": warning})
+    print(f"{tree}: {verdict['score']:g} of {assignment.POINTS} points; {results} {warning}")
+    return verdict
+
+
+def strangers(work, out):
+    """How `outcomes` starts a process that runs a student's code: it may read `work` and write to
+    `out` alone, and is the user nobody if we are root and nobody can run Python here."""
+    out.mkdir()
+    how = {"request": {"secret": str(ROOT / "infosteer.py"), "read": work, "write": str(out)},
+           "env": {**os.environ, "TMPDIR": str(out)},
+           "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    nobody = {"user": "nobody", "group": 65534, "extra_groups": []}
+    find = "import importlib.util as u; open(u.find_spec('torch').origin)"
+    with suppress(OSError, ValueError, LookupError, subprocess.SubprocessError):
+        subprocess.run([sys.executable, "-c", find], check=True, capture_output=True, **nobody)
+        subprocess.run(["chmod", "-R", "go+rX", work], check=True)
+        shutil.chown(out, "nobody")
+        how |= nobody
+    return how
+
+
+def written(number, tree):
+    """{key: None where the number in answers.json is right, else why not}. What is right is
+    computed now, by the question's command. A question whose model is not here is left out."""
+    assignment, verdicts = load(number), {}
+    for key, (_, command) in assignment.WRITTEN.items():
+        if "MODELS/" in command and not MODELS.is_dir():
+            continue
+        number_of, tolerance = assignment.NUMBERS[key]
+        try:
+            ours = float(json.loads(handed_in(tree, "answers.json"))[key])
+        except (BadInput, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            verdicts[key] = "answers.json has no number for it"
+            continue
+        try:
+            right = number_of(printed(command.replace("MODELS/", f"{MODELS}/")))
+        except Exception as error:     # ours, and no reason to lose the other points
+            verdicts[key] = f"not judged: the command does not work here ({error}); ask the teacher"
+            continue
+        close = abs(ours - right) <= tolerance * abs(right)
+        verdicts[key] = None if close else f"{ours:g} is not what the command leads to"
+    return verdicts
+
+
+@functools.cache
+def printed(command):
+    """What a command of the project prints."""
+    words = [sys.executable, *shlex.split(command)[1:]]
+    return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+# --------------------------------------------------------------------------- the grader graded
+
+
+def faults(number, seeds=(PUBLIC_SEED, 1)):
+    """What is wrong with an assignment, in lines: the blanked tree must score nothing, and the
+    reference and every right answer everything; a wrong answer must lose points and get its own
+    sentence; no two may give the same; no line of the reference may stand in the hand-out."""
+    assignment, says = load(number), sentences(number)
+    with tempfile.TemporaryDirectory() as work:
+        clean = Path(work, "clean")
+        try:
+            make_tree(number, clean)
+            trees = {"blank": clean, **known_trees(number, clean, work, assignment.RIGHT)}
+        except (BadInput, OSError) as error:
+            return [str(error)]
+        found, _ = outcomes(number, trees, seeds, work)
+        problems = [f"the hand-out gives away {line}" for line in leaks(number, clean)]
+    for seed, answers in found.items():
+        known = {name: answers[name] for name in ("reference", *says)}
+        problems += [f"seed {seed}, reference, {part}: {outcome['error'] or 'no case'}"
+                     for part, outcome in known["reference"].items()
+                     if outcome["error"] or len(outcome) == 1]
+        for name, answer in answers.items():
+            verdicts = diagnose(answer, known, says)
+            reasons = {why for why in verdicts.values() if why}
+            ok = (None not in verdicts.values() if name == "blank" else
+                  reasons == ({says[name]} if name in says else set()))
+            problems += [] if ok else [f"seed {seed}, {name}: {verdicts}"]
+        problems += [f"seed {seed}: {one} and {other} give the same"
+                     for one, other in itertools.combinations(known, 2)
+                     if all(agree(known[one][part], known[other][part]) for part in known[one])]
+    return problems
+
+
+def selftest(chosen):
+    """Print the faults of assignments -> how many there are."""
+    count = 0
+    for number in progress(chosen, desc="grading the grader", unit="assignment"):
+        assignment, problems = load(number), faults(number)
+        count += len(problems)
+        print(f"{number} {title(assignment)}: {len(assignment.RIGHT)} right and "
+              f"{len(assignment.WRONG)} wrong answers, {len(problems)} faults",
+              *(f"  {problem}" for problem in problems), sep="\n", flush=True)
+    return count
