@@ -66,11 +66,13 @@ def merged(clean, theirs, wanted, removed=frozenset()):
     place of its own, and with all that these add."""
     places = {name: n for n, (names, _) in [*enumerate(clean)][::-1] for name in names}
     known, added, mine = places.keys() - wanted - removed, [""] * len(clean), set()
-    last = min(places[name.split(".")[0]] for name in wanted) - 1
+    last = inside = min(places[name.split(".")[0]] for name in wanted) - 1
     for names, text in theirs:         # what is new stands behind what it stood behind
-        last = max([last, *(places[name] for name in names & places.keys())])
+        own, member = [places[name] for name in names & places.keys()], "." in "".join(names)
+        inside = max([*own, inside]) if member else max(own, default=last)     # of that class
+        last = last if member else max(last, inside)
         if names - known:
-            added[last] += text
+            added[inside if member else last] += text
             mine |= names - known
     return "".join(text * (not names & mine) + more for (names, text), more in zip(clean, added))
 
@@ -88,13 +90,14 @@ def rewrite(path, name, new):
 
 def stub(text, message):
     """A function's head and docstring, with an exception for a body; nothing for another thing."""
-    node = ast.parse(textwrap.dedent(text)).body[0]
+    node = ast.parse(textwrap.dedent(re.sub(r"(?m)^#.*", "", text))).body[0]
     if not isinstance(node, ast.FunctionDef):
         return ""
     head = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
-    indent = re.match(r"\s*", text.splitlines()[node.lineno - 1])[0] + "    "
-    return ("".join(text.splitlines(keepends=True)[:head])
-            + f'{indent}raise NotImplementedError("{message}")\n' + re.search(r"\n*$", text)[0])
+    lines = text.splitlines(keepends=True)
+    indent = re.match(r"\s*", lines[node.lineno - 1])[0]
+    lines[head:node.end_lineno] = [f'{indent}    raise NotImplementedError("{message}")\n']
+    return "".join(lines)
 
 
 # -------------------------------------------------------------------------------------- trees
@@ -119,7 +122,8 @@ def make_tree(number, out, seed=PUBLIC_SEED):
             why = "left out here, as it would give the answer away"
             text = "" if file.startswith("tests") else None
         if own:
-            rewrite(out / file, own, lambda old: stub(old, why) if text is None else text)
+            rewrite(out / file, own, text if callable(text) else
+                    lambda old: stub(old, why) if text is None else text)
         elif name in assignment.BLANK:
             write_whole(out / file, text)
         else:

@@ -215,6 +215,15 @@ def test_a_method_is_taken_with_the_methods_that_are_new():
     assert made["A"]().f() == 6
 
 
+def test_a_method_stays_in_its_class_in_whatever_order_definitions_stand():
+    clean = "class A:\n    def f(self):\n        return 0\n\ndef one():\n    return 0\n"
+    theirs = "def one():\n    return 1\n\nclass B:\n    x = 2\n\nclass A:\n" \
+             "    def f(self):\n        return B.x + one()\n"
+    made = {}
+    exec(merged(units(clean), units(theirs), {"A.f", "one"}), made)
+    assert made["A"]().f() == 3
+
+
 # ---------------------------------------------------------------------------- grading
 
 
