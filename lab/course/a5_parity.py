@@ -2,11 +2,10 @@
 
 Make these models compute what the library computes that published them. In model.py, write the norm
 and the rotation of pairs (x_i, x_{i + D/2}); `make_view`, whose angles are position times
-`inverse_frequencies`, and whose mask lets a token see itself and those before it, in a LOCAL layer
-only the last config.window with itself; grouped attention, where heads 0 and 1 of 4 share key head
-0 of 2, and Gemma 2 squashes scores to cap tanh(scores / cap); `Attention` with its norms, rotation
-and cache (`extend`); `Block`; and the row of Gemma 2. tests/test_04_families.py names the layer
-where a difference begins. The order of things is in the golden files, and in no docstring.
+`inverse_frequencies`, and whose mask lets a token see itself and those before it, in LOCAL layers
+the last config.window only; grouped attention, where Gemma 2 caps its scores; `Attention` with
+norms, rotation and cache (`extend`); `Block`; the row of Gemma 2. tests/test_04_families.py names
+the layer where a difference begins. What comes first is in the golden files, in no docstring.
 """
 import re
 from functools import partial
@@ -19,12 +18,12 @@ MINUTES, POINTS, GOLDEN = 240, 16, "tests/golden/models/"
 BLANK = {**dict.fromkeys(f"model.py::{name}" for name in (
     "RMSNorm.forward", "rotate", "make_view", "attend", "Attention.forward", "Block.forward")),
     "model.py::FAMILIES": lambda text: re.sub(r'    "gemma2".*?\)\),\n', "", text, flags=re.S)}
-REMOVE = ()
+REMOVE = []
 HINTS = (
     "First make right what has a check of its own, then Llama, Qwen 3, Gemma 2. Which layer is the "
     "first that differs, and what does it have that those before it lack?",
-    "y = x / sqrt(mean(x^2) + eps) * (offset + w). Query head h asks key head h // (H / G). back = "
-    "position of the query - that of the key, and 0 <= back < window. Norms of heads come first.",
+    "y = x / sqrt(mean(x^2) + eps) * (offset + w). Query head h asks key head h // (H / G). The "
+    "mask: 0 <= position of the query - that of the key < window. cap tanh(scores / cap).",
     "Turn halves (a, b) into (a cos - b sin, b cos + a sin). Repeat each key head for its group in "
     "place. Give `extend` keys that are rotated. In a block, both norms are inside the branch.")
 
@@ -45,14 +44,13 @@ def rotation(seed):
 
 def views(seed):
     from model import GLOBAL, LOCAL, Config, make_view
-    config = Config.from_pretrained(GOLDEN + "qwen25_window")
+    config, n = Config.from_pretrained(GOLDEN + "qwen25_window"), 12 + seed % 9
     for kind in LOCAL, GLOBAL:
-        for at, T in (None, 3), (None, 12 + seed % 9), (torch.tensor([[9], [19]]), 1):
-            seen = T if at is None else 20
+        for at, seen, T in (None, 3, 3), (None, n, n), (torch.tensor([[9], [19]]), 20, 1):
             view = make_view(config, kind, at, seen, T, "cpu")
             mask = torch.ones(1, 1, T, T).tril() if view.mask is None else view.mask
             for what, found in ("mask", mask.bool()), ("cos", view.cos), ("sin", view.sin):
-                yield f"{kind}, {T} of {seen} tokens" + " at 9, 19" * (T == 1) + f": {what}", found
+                yield f"{kind}, {T} of {seen} tokens (1: at 9 and at 19), {what}", found
 
 
 def attention(seed):
@@ -80,10 +78,9 @@ def family(name, seed):
 PARTS = {"norm": norm, "rotation": rotation, "views": views, "attend": attention, **{
     f"{name}, layer by layer": partial(family, name) for name in ("llama3", "qwen3", "gemma2")}}
 WRITTEN = {"accuracy": (
-    "What is the toy Gemma's accuracy? Then put faults into your code, one at a time: pairs "
-    "interleaved; heads tiled; positions from 1 for a prompt and after; scores uncapped. Under "
-    "`why`: the four accuracies, and why two faults cost nothing.", "python eval.py --overwrite "
-    "--model data/toy/gemma --task toy-plain --limit 100 --out out/parity")}
+    "How accurate is the toy Gemma? Then put in faults, one at a time: pairs interleaved, heads "
+    "tiled, all positions from 1, the window one too wide. Under `why`: why do two cost nothing?",
+    "python eval.py --overwrite --model data/toy/gemma --task toy-plain --limit 100 --out out/5")}
 
 # ------------------------------------------------------------------------------- not handed out
 NUMBERS = {"accuracy": (lambda text: float(re.search(r"plain +100 +\S+ +(\S+)", text)[1]), 0.01)}
@@ -125,20 +122,18 @@ class Block(nn.Module):
         answer, flux, reward = self.memory(self.memory_norm(x), steering)
         return x + self.after_memory(answer), flux, reward
 """
-HALVES, SUM = "a, b = x.chunk(2, -1)", "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)"
+SUM = "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)"
 HEADS = "k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))"
 RIGHT = {"explicit softmax": CODE, "complex rotation": CODE.replace(
     SUM, "torch.view_as_real(torch.complex(a, b) * torch.complex(cos, sin)).mT.flatten(-2)"),
-    "einsum over groups": CODE.replace(HEADS, "G = k.shape[1]").replace(
-        "q @ k.transpose(-1, -2)", 'torch.einsum("bghtd,bgsd->bghts", q.unflatten(1, (G, -1)), '
-        'k).flatten(1, 2)').replace("softmax(-1) @ v", "softmax(-1).unflatten(1, (G, -1)).matmul("
-                                    "v[:, :, None]).flatten(1, 2)")}
+    "einsum over groups": CODE.replace(HEADS, "q = q.unflatten(1, (k.shape[1], -1))").replace(
+        "q @ k.transpose(-1, -2)", 'torch.einsum("bghtd,bgsd->bghts", q, k).flatten(1, 2)').replace(
+        "1) @ v", "1).unflatten(1, q.shape[1:3]).matmul(v[:, :, None]).flatten(1, 2)")}
 NORMS, TURNS = (f"{line}\n" for line in CODE.splitlines() if line.startswith("        q, k = "))
 FAMILY = "FAMILIES = dict(llama={}, qwen2=dict(qkv_bias=True), qwen3=dict(qk_norm=True), gemma2="
 WRONG = {why: (why, line if new is None else CODE.replace(line, new)) for line, new, why in (
-    (f"{HALVES}\n    return {SUM}", "a, b = x[..., ::2], x[..., 1::2]\n    return torch.stack(["
-     "a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)", "pairs are neighbours, interleaved; "
-     "here x_i goes with x_{i + D/2}"),
+    (f"x.chunk(2, -1)\n    return {SUM}", f"x.unflatten(-1, (-1, 2)).unbind(-1)\n    return {SUM}"
+     ".unflatten(-1, (2, -1)).mT.flatten(-2)", "pairs are interleaved; x_i goes with x_{i + D/2}"),
     ("config.window if", "config.window + 1 if", "the window is one too wide; it counts the token"),
     ("repeat_interleave(q.shape[1] // k.shape[1], 1)", "repeat(1, q.shape[1] // k.shape[1], 1, 1)",
      "key heads are tiled, 0 1 0 1; neighbours share one, 0 0 1 1"),
@@ -148,11 +143,8 @@ WRONG = {why: (why, line if new is None else CODE.replace(line, new)) for line, 
     ("x.float() / (x.", "(x.float() - x.float().mean(-1, keepdim=True)) / (x.", "the mean is "
      "subtracted, as in LayerNorm; RMSNorm only divides"),
     ("torch.tanh(scores / softcap)", "torch.tanh(scores)", "the cap is not divided by inside tanh"),
-    ("scale\n    if softcap", "scale\n    if False", "scores are not capped, as Gemma 2's are"),
     (NORMS + TURNS, TURNS + NORMS, "q and k have their norms after the rotation; they come first"),
-    ("at[:, :, None, None] *", "(at[:, :, None, None] + 1) *", "positions start at 1, not at 0; "
-     "that shows when prompts and later tokens disagree"),
-    (FAMILY + "dict(norm_offset=1.0, four_norms=True))", None, "Gemma's embedding is not scaled by "
-     "sqrt(d)"),
+    ("at[:, :, None, None] *", "(at[:, :, None, None] + 1) *", "positions start at 1, not at 0"),
+    (FAMILY + "dict(norm_offset=1.0, four_norms=True))", None, "the embedding is not scaled"),
     ("x + self.after_memory(answer)", "self.after_memory(x + answer)", "the norm after a branch "
      "takes in the residual x; it is for what is added alone"))}
