@@ -9,9 +9,9 @@
 """
 import sys
 
-from data import BadInput, Parser, command, positive, whole
+from data import BadInput, Parser, command, whole
 from lab.course import HERE, load, numbers, title
-from lab.course.check import SECONDS, check, hint
+from lab.course.check import check, hint
 
 
 def read_settings(argv=None):
@@ -27,8 +27,6 @@ def read_settings(argv=None):
     add["grade"]("--results", metavar="FILE", default="results.json",
                  help="the verdict, in Gradescope's format (default: %(default)s)")
     add["grade"]("--seed", type=whole, help="of the hidden checks, above 0 (default: drawn)")
-    add["grade"]("--seconds", type=positive, default=SECONDS,
-                 help="for each part of the assignment (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -48,7 +46,7 @@ def main(argv=None):
         if args.command == "handout":
             handout(args.number, args.out)
         elif args.command == "grade":
-            grade(args.tree, args.number, args.results, args.seed, args.seconds)
+            grade(args.tree, args.number, args.results, args.seed)
         else:
             sys.exit(selftest(args.number or numbers()) > 0)
 

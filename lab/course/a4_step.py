@@ -101,7 +101,7 @@ if __name__ == "__main__":
     both_heads()
 
 # ------------------------------------------------------------------------------- not handed out
-NUMBERS = {"rows": (lambda text: int.__truediv__(*map(int, re.findall(r"\d+(?= r)", text)[:2])), .02)}
+NUMBERS = {"rows": (lambda s: int.__truediv__(*map(int, re.findall(r"\d+(?= r)", s)[:2])), .02)}
 CODE = """from torch.nn.utils.rnn import pad_sequence
 def micro_batches(rows, lengths, budget):
     batches = [[]]

@@ -35,14 +35,14 @@ def outcomes(number, trees, seeds, folder, seconds=SECONDS, request={}, **proces
                  for some in ([[one] for one in parts] if len(trees) == 1 else [parts])]
     words = [sys.executable, "-B", Path(jobs[0][0], "lab", "course", "probe.py"),
              json.dumps({"jobs": jobs, "seconds": seconds, **request})]
-    with subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **process
-                          ) as running, suppress(subprocess.TimeoutExpired, OSError):
+    process |= dict(stdin=subprocess.DEVNULL, start_new_session=True)
+    stopped = suppress(subprocess.TimeoutExpired, OSError, AttributeError)
+    with subprocess.Popen(words, **process) as running, stopped:
         try:
             running.wait(len(trees) * len(parts) * seconds + 60)       # students may stop it
         finally:
             running.kill()
-            if hasattr(os, "killpg"):  # what it left behind; Windows has no such groups
-                os.killpg(running.pid, signal.SIGKILL)
+            os.killpg(running.pid, signal.SIGKILL)     # what it left behind; not on Windows
     return {seed: read_answers(number, trees, seed, folder) for seed in seeds}, running.returncode
 
 

@@ -69,8 +69,8 @@ def merged(clean, theirs, wanted, removed=frozenset()):
     last = inside = min(places[name.split(".")[0]] for name in wanted) - 1
     for names, text in theirs:         # what is new stands behind what it stood behind
         own, member = [places[name] for name in names & places.keys()], "." in "".join(names)
-        inside = max([*own, inside]) if member else max(own, default=last)     # of that class
-        last = last if member else max(last, inside)
+        last = last if member else max([last, inside, *own])
+        inside = max([*own, inside] if member else own or [last])      # a method is in its class
         if names - known:
             added[inside if member else last] += text
             mine |= names - known

@@ -132,7 +132,7 @@ for blank in load(number).BLANK:
                      for n, (case, found) in enumerate(cases(0))}
         except BaseException:
             continue
-        found += [f"{name} for {blank}"] * agree((given, ""), reference[part])
+        found += [f"{name} for {blank}"] * agree({**given, "error": ""}, reference[part])
     setattr(owner, own, before)
 print(json.dumps([len(candidates), found]))
 """
