@@ -21,8 +21,8 @@ def read_settings(argv=None):
            for name in ("handout", "check", "hint", "grade", "selftest")}
     add["grade"]("tree", metavar="DIR", help="the folder that the student hands in")
     for name in add:
-        add[name]("number", type=int, choices=numbers(), help="of the assignment",
-                  nargs="*" if name == "selftest" else None)
+        how = {"nargs": "*"} if name == "selftest" else {"choices": numbers()}
+        add[name]("number", type=int, help="of the assignment", **how)
     add["handout"]("--out", metavar="DIR", required=True, help="a new or an empty folder")
     add["grade"]("--results", metavar="FILE", default="results.json",
                  help="the verdict, in Gradescope's format (default: %(default)s)")

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from data import BadInput
 from lab.course import load, numbers
+from lab.course.__main__ import read_settings
 from lab.course.teacher import faults, grade, handout, leaks, merged, units, written
 
 ALL = numbers()
@@ -76,6 +77,10 @@ def parts(verdict):
 def test_blank_scores_nothing_right_everything_and_wrong_is_named(number):
     assert faults(number) == []
     assert len(load(number).RIGHT) >= 2 and len(load(number).WRONG) >= 5
+
+
+def test_selftest_takes_some_assignments_or_all():
+    assert read_settings(["selftest"]).number == [] and read_settings(["selftest", "2"]).number == [2]
 
 
 def test_the_points_are_100():
