@@ -109,7 +109,6 @@ WRITTEN = {key: (question, "python -m lab.memories --model data/toy/llama --inde
                    "would it be if all tokens were alike, and so why is its Spec 0.0008?"}.items()}
 
 # ------------------------------------------------------------------------------- not handed out
-
 NUMBERS = {"coefficient": (lambda said: float(said.split("follows it:\n")[1].split()[0]), 0.01),
            "probability": (lambda said: float(said.split("%")[0].split()[-1]), 0.01)}
 FORWARD = """

@@ -83,6 +83,11 @@ def test_selftest_takes_some_assignments_or_all():
     assert read_settings(["selftest"]).number == [] and read_settings(["selftest", "2"]).number == [2]
 
 
+@pytest.mark.parametrize("number", ALL)
+def test_an_assignment_is_one_short_file(number):
+    assert len(Path(load(number).__file__).read_text().splitlines()) <= 150
+
+
 def test_the_points_are_100():
     assert sum(load(number).POINTS for number in ALL) <= 100
 
