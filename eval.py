@@ -13,13 +13,16 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
 from data import BadInput, Parser, command, not_negative, positive, progress, read_json, write_whole
 from data.runs import locked, read_run
-from data.tasks import TASKS, TOY, chance, find, judge, load as load_examples, make_response
+from data.tasks import (TASKS, TOY, chance, find, judge, load as load_examples, make_response,
+                        option_texts)
 from data.tokenizer import FILES, Tokenizer
 from infosteer import METHODS, RANKINGS, Steering, recall
 from model import Config, Transformer, read_tensors, weight_files
@@ -27,7 +30,7 @@ from model import Config, Transformer, read_tensors, weight_files
 TOY_FOLDER = Path(__file__).resolve().parent / "data" / "toy"  # tasks and models that ship
 TOY_TRAINING = ",".join(name for name, task in TOY.items() if "train" in task.splits)
 PER_MEMORY = "per_memory.safetensors"  # what a fine-grained method found out, beside its run
-CHUNK = 256                            # items that are answered between two writes to disk
+CHUNK = 256                            # items decoded between two writes to disk; 32 are ranked
 
 # --------------------------------------------------------------- models, runs and machines
 
@@ -81,23 +84,24 @@ def pick_device(name):
 
 def usual_data(names):
     """Where the data of tasks are, unless told otherwise: the toy world's ship."""
-    return os.path.relpath(TOY_FOLDER if find(names[0]).suite else TOY_FOLDER.parent / "public")
+    return os.path.relpath(TOY_FOLDER if names[0] in TOY else TOY_FOLDER.parent / "public")
 
 
 def set_threads(threads, names):
     """Compute with so many threads. The toy world's tasks take one unless told otherwise: a second
     would only wait, and other numbers of threads add floats in another order."""
-    if threads or all(find(name).suite for name in names):
+    if threads or all(name in TOY for name in names):
         torch.set_num_threads(min(threads or 1, 1024))    # far more would crash
 
 
-def split_names(text):
-    """"a,b" -> ["a", "b"]. Raises BadInput for repetitions and unknown names."""
-    names = [find(name.strip()).name for name in text.split(",") if name.strip()]
+def split_names(text, data=None):
+    """"a,b" -> ["a", "b"]. Raises BadInput for repetitions, and for names of tasks that are neither
+    built in nor in the folder `data`."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
     if len(set(names)) < len(names) or len(names) <= text.count(","):
         raise BadInput(f"--task {text!r}: a comma list of different task names is needed; "
                        f"known are {', '.join(TASKS)}")
-    return names
+    return [find(name, data or usual_data(names)).name for name in names]
 
 
 def steering_from(settings, where) -> Steering:
@@ -134,28 +138,55 @@ def with_per_memory(steering, path, device="cpu"):
 # ------------------------------------------------------------------------------- answering
 
 
+def pairs_of(tokenizer, example, how):
+    """What the model is asked about an item, as (prompt, continuation) in ids: a pair for each
+    choice that is ranked, and in a list that of the right response, if the file has one."""
+    encode, task = partial(tokenizer.encode, special=False), example.task
+    if how == "text":
+        pairs = [(encode(asks), encode(text, bos=False)) for asks, text in option_texts(example)]
+        return pairs, [pairs[example.choices.index(example.answer)]]
+    prompt, right = encode(example.prompt), encode(example.response, bos=False)
+    pairs = [(prompt, encode(make_response(task, choice, ""), bos=False))
+             for choice in example.choices if how == "choice"]
+    right += [tokenizer.eos_id] * (task.kind != "cloze")
+    verdict = judge(example, example.response)["strict_correct" if example.choices else "correct"]
+    return pairs, [(prompt, right)] * verdict
+
+
 def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_bytes, bar):
-    """The model's responses to examples, in their order. how: "generate" decodes greedily; "choice"
-    takes the allowed answer whose response is most likely."""
+    """What the model says to examples, in their order: [{"response", "nll"}]. how: "generate"
+    decodes greedily; "choice" takes the allowed answer whose response is most likely; "text" the
+    one whose text is, per character, and says whether the most likely is right ("raw_correct").
+
+    nll: the loss of the right response in nats per token, as training counts it: -log P(response,
+    end of sequence | prompt) / their number. For "text", the response is the text of the right
+    option; that has no end, nor has a cloze. None without a response that ends in the answer.
+    """
+    asked = [pairs_of(tokenizer, example, how) for example in examples]
+    flat = [pair for pairs, right in asked for pair in pairs + right]
+    room = min(8192, 2**28 // model.config.vocab_size + 1)     # tokens at a time: 1 GiB of logits
+    scores = iter(model.log_likelihood(*zip(*flat), steering=steering, batch_tokens=room)
+                  if flat else ())
+    said = []
+    for example, (pairs, right) in zip(examples, asked):
+        likely = [next(scores) for _ in pairs]                 # of nothing, where it decodes
+        said.append({"nll": -next(scores) / len(right[0][1]) if right else None})
+        best = likely and example.choices[likely.index(max(likely))]
+        if how == "text":
+            said[-1]["raw_correct"] = best == example.answer
+            sizes = [len(text.strip()) or 1 for _, text in option_texts(example)]      # characters
+            best = max(zip(likely, sizes, example.choices), key=lambda one: one[0] / one[1])[2]
+        said[-1]["response"] = best and make_response(example.task, best, "")
+    if how != "generate":
+        bar.update(len(examples))
+        return said
     prompts = [tokenizer.encode(example.prompt, special=False) for example in examples]
-    if how == "generate":
-        outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
-        stop = set(model.config.eos_ids)       # ids above max_id are padding rows of the embedding
-        return [tokenizer.decode([i for i in ids if i not in stop and i <= tokenizer.max_id])
-                for ids in outputs]
-    responses = [[make_response(example.task, choice, "") for choice in example.choices]
-                 for example in examples]
-    asked, continued = [], []
-    for prompt, candidates in zip(prompts, responses):
-        ids = [tokenizer.encode(text, bos=False, special=False) for text in candidates]
-        same = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)     # the trigger: it is
-        asked += [prompt + one[:same] for one in ids]          # read once, and says nothing about
-        continued += [one[same:] for one in ids]               # the choice
-    scores = iter(model.log_likelihood(asked, continued))
-    best = [max(zip([next(scores) for _ in candidates], candidates), key=lambda pair: pair[0])[1]
-            for candidates in responses]
-    bar.update(len(examples))
-    return best
+    outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
+    stop = set(model.config.eos_ids)           # ids above max_id are padding rows of the embedding
+    for one, ids in zip(said, outputs):
+        ids = [i for i in ids if i not in stop and i <= tokenizer.max_id]
+        one["response"] = tokenizer.decode(ids)
+    return said
 
 
 def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_bytes=2 << 30):
@@ -169,13 +200,14 @@ def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_by
     with open(part, "w", encoding="utf-8") as file, progress(
             total=len(examples), initial=len(items), desc=settings["task"], unit="item") as bar:
         file.write("".join([head, *(json.dumps(item) + "\n" for item in items.values())]))
-        for start in range(0, len(pending), CHUNK):
-            chunk = pending[start:start + CHUNK]
+        size = CHUNK if settings["score"] == "generate" else CHUNK // 8
+        for start in range(0, len(pending), size):
+            chunk = pending[start:start + size]
             responses = answer(model, tokenizer, chunk, settings["score"],
                                settings["max_new_tokens"], steering, cache_bytes, bar)
-            for example, response in zip(chunk, responses):
-                item = {"index": example.index, "prompt": example.prompt, "response": response,
-                        "answer": example.answer, **judge(example, response)}
+            for example, said in zip(chunk, responses):
+                item = {"index": example.index, "prompt": example.prompt, "answer": example.answer,
+                        **said, **judge(example, said["response"])}
                 items[example.index] = item
                 file.write(json.dumps(item) + "\n")
             file.flush()
@@ -204,24 +236,35 @@ def answered_before(part, head):
 
 def summarise(items):
     """n, accuracy and its standard error sqrt(p (1 - p) / n), the accuracy under the strict rule,
-    and how many responses held no answer at all."""
+    how many responses held no answer; the mean nll of the nll_n items that have one, its standard
+    error sd / sqrt(nll_n), and how many have none. Of option texts, the raw accuracy too."""
     n, correct = len(items), sum(item["correct"] for item in items)
+    losses = [item["nll"] for item in items if item["nll"] is not None]
+    raw = [item["raw_correct"] for item in items if "raw_correct" in item]
     return {"n": n, "accuracy": correct / n,
             "standard_error": math.sqrt(correct / n * (1 - correct / n) / n),
             "strict_accuracy": sum(item["strict_correct"] for item in items) / n,
-            "unparsed": sum(item["prediction"] is None for item in items)}
+            "unparsed": sum(item["prediction"] is None for item in items),
+            "nll": fmean(losses) if losses else None,
+            "nll_standard_error": stdev(losses) / len(losses) ** 0.5 if losses[1:] else None,
+            "nll_n": len(losses), "nll_left_out": n - len(losses),
+            **({"raw_accuracy": sum(raw) / n} if raw else {})}
 
 
 def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", limit=None,
           max_new_tokens=None, steered=False, cache_gb=2.0, overwrite=False):
     """Summaries of the named tasks' test splits, in order. What was scored before with the same
-    settings is read. how: "generate", "choice" or None, which is each task's own way. Results go to
-    `out`, or else to FOLDER/eval. Raises BadInput."""
+    settings is read. how: as in `answer`; None is each task's own way. Results go to `out`, or
+    else to FOLDER/eval. Raises BadInput."""
     tasks = {name: load_examples(data, name, "test") for name in names}
     for name, examples in tasks.items():
-        if how == "choice" and (find(name).kind == "arithmetic" or not examples[0].choices):
+        if how == "choice" and (examples[0].task.kind == "arithmetic" or not examples[0].choices):
             raise BadInput(f"--score choice: {name} has no short list of answers to rank; "
                            "use --score generate")
+        without = [one.index for one in examples if how == "text" and not option_texts(one)]
+        if without:
+            raise BadInput(f"--score text: {Path(data, name, 'test.json')}, row {without[0]} (the "
+                           "first is 0): no texts of options to rank; --score generate takes it")
     device = pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -229,10 +272,10 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
     identity, out = which_model(folder), Path(out or Path(folder, "eval"))
     summaries, model = [], None
     for name, examples in tasks.items():
-        task, part = find(name), f"-first{limit}" if limit and limit < len(examples) else ""
-        examples = examples[:limit]
+        part = f"-first{limit}" if limit and limit < len(examples) else ""
+        task, examples = examples[0].task, examples[:limit]
         items = json.dumps([[example.prompt, example.answer] for example in examples])
-        settings = {"task": name, "score": how or task.score, "dtype": dtype,
+        settings = {"task": name, "task_json": task.own, "score": how or task.score, "dtype": dtype,
                     "steered": str(steering) if steered else None,
                     "max_new_tokens": max_new_tokens or task.max_new_tokens,
                     "model": str(folder), "model_sha256": identity,
@@ -277,39 +320,49 @@ def base_folder(out, model):
 # -------------------------------------------------------------------------- tables for people
 
 
-def with_error(mean, error) -> str:
-    """A share as percent with its standard error, if it has one: 0.123, 0.004 -> "12.3 ± 0.4"."""
-    return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+def with_error(mean, error, scale=100, digits=1) -> str:
+    """A share as percent with its standard error, if it has one: 0.123, 0.004 -> "12.3 ± 0.4". A
+    loss has scale 1 and 3 digits. "-" for None."""
+    error = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return "-" if mean is None else f"{scale * mean:.{digits}f}{error}"
 
 
 def suite_of(name):                    # where a task is reported: itself, but in the toy world
-    return find(name).suite or name
+    return TOY[name].suite if name in TOY else name
+
+
+def mean_of(summaries, measure, error, *form):
+    """A measure's mean over tasks, with its standard error over items, as text."""
+    means, errors = ([of.get(key) for of in summaries] for key in (measure, error))
+    return with_error(None if None in means else fmean(means),         # none by an older version
+                      None if None in errors else math.hypot(*errors) / len(errors), *form)
 
 
 def side_by_side(columns, detailed=False):
-    """{title: summaries} of models on the same tasks -> a table in percent: the accuracy of each
-    suite and of its tasks, with its standard error over items. detailed: what else is known."""
+    """{title: summaries} of models on the same tasks -> a table: the accuracy in percent and the
+    nll of each suite and of its tasks, with their standard errors. detailed: what else is known."""
+    def cells(inside):
+        some = [[of[i] for i in inside] for of in columns.values()]
+        return "".join(f"{mean_of(of, 'accuracy', 'standard_error'):>{width}}"
+                       f"{mean_of(of, 'nll', 'nll_standard_error', 1, 3):>16}" for of in some)
+
     first = next(iter(columns.values()))
-    width = max(16, *(len(title) + 2 for title in columns))
-    titles = "".join(title.rjust(width) for title in columns)
-    lines = [f"{'accuracy, %':<20}{'n':>6}{'chance':>8}{titles}"
-             + f"{'strict':>9}{'unparsed':>10}" * detailed]
+    width = max(15, *(len(title) + 2 for title in columns))
+    strict = "raw" if "raw_accuracy" in first[0] else "strict"
+    lines = [f"{'accuracy, %':<20}{'n':>6}{'chance':>8}"
+             + "".join(f"{title:>{width}}{'nll':>16}" for title in columns)
+             + f"{strict:>9}{'unparsed':>10}{'left out':>10}" * detailed]
     for suite in dict.fromkeys(suite_of(summary["task"]) for summary in first):
         inside = [i for i, summary in enumerate(first) if suite_of(summary["task"]) == suite]
-        means = [with_error(sum(of[i]["accuracy"] for i in inside) / len(inside),
-                            math.hypot(*(of[i]["standard_error"] for i in inside)) / len(inside))
-                 for of in columns.values()]
         if suite != first[inside[0]]["task"]:
-            lines.append(f"{suite:<34}" + "".join(cell.rjust(width) for cell in means))
+            lines.append(f"{suite:<34}{cells(inside)}")
         for i in inside:
             s = first[i]
-            cells = (with_error(of[i]["accuracy"], of[i]["standard_error"])
-                     for of in columns.values())
-            lines.append(f"  {s['task']:<18}{s['n']:>6}{100 * s['chance']:>8.1f}"
-                         + "".join(cell.rjust(width) for cell in cells))
+            lines.append(f"  {s['task']:<18}{s['n']:>6}{100 * s['chance']:>8.1f}{cells([i])}")
             if detailed:
-                lines[-1] += f"{100 * s['strict_accuracy']:>9.1f}{s['unparsed']:>10}"
-    return "\n".join(lines)
+                lines[-1] += (f"{100 * s[strict + '_accuracy']:>9.1f}{s['unparsed']:>10}"
+                              f"{s.get('nll_left_out', '-'):>10}")
+    return "\n".join([*lines, "nll: loss of the right response, nats per token; less is better"])
 
 
 # ----------------------------------------------------------------------- looking at memories
@@ -368,8 +421,11 @@ def change_line(model, prompts, steering):
 COLUMNS = """
 accuracy   in percent, with its standard error, by the rules of LLM-Adapters, to be comparable
 chance     what guessing among the allowed answers scores
+nll        loss of the right response, in nats per token, with its standard error; less is better
 strict     accuracy under a stricter rule; where the two differ, read the responses
-unparsed   how many responses held no answer"""
+raw        with --score text: accuracy by the texts' likelihood, not by that per character
+unparsed   how many responses held no answer
+left out   items without an nll: the file has no response, or one that ends in another answer"""
 
 
 def read_settings(argv=None):
@@ -380,10 +436,12 @@ def read_settings(argv=None):
         help=f"a comma list of: {', '.join(TASKS)}; or of the toy world's: {', '.join(TOY)} "
         "(default, for a model of the toy world: all of its)")
     add("--data", metavar="DIR", help="the folder with TASK/test.json, as python data/prepare.py "
-        "makes one (default: data/toy for the toy world's tasks, else data/public)")
-    add("--score", choices=("generate", "choice"), help="decode greedily, or rank the allowed "
-        "answers by likelihood, which is fair to a model that has never seen the format (default: "
-        "generate; choice for the toy world's facts)")
+        "makes one (default: data/toy for the toy world's tasks, else data/public); its --help "
+        "shows how to add a task of your own")
+    add("--score", choices=("generate", "choice", "text"), help="decode greedily; or rank by "
+        "likelihood the allowed answers (\"the correct answer is answer2\"), or the texts of the "
+        "options after \"Question: ... Answer:\", which is fair to a model that has never seen "
+        "the format (default: generate; choice for the toy world's facts)")
     add("--out", metavar="DIR", help="where responses and scores go (default: MODEL/eval)")
     add("--limit", type=positive, metavar="N", help="only the first N items of each task")
     add("--max-new-tokens", type=positive, metavar="N",
@@ -412,7 +470,7 @@ def main(argv=None):
                               == Path(TOY_FOLDER, "tokenizer.json").read_bytes()):
         raise BadInput(f"{args.model}: --task says what to score this model on; without it, models "
                        "of the toy world are scored on its tasks")
-    names = split_names(args.task or ",".join(TOY))
+    names = split_names(args.task or ",".join(TOY), args.data)
     data = args.data or usual_data(names)
     set_threads(args.threads, names)
     if args.change:

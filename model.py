@@ -577,7 +577,7 @@ class Transformer(nn.Module):
         return torch.cat(x)
 
     @torch.inference_mode()
-    def log_likelihood(self, prompts, continuations, batch_tokens: int = 8192,
+    def log_likelihood(self, prompts, continuations, steering=None, batch_tokens: int = 8192,
                        done=lambda n: None) -> list[float]:
         """log P(continuation | prompt) in nats, the sum over its tokens, for each pair of id lists.
         The model reads one text for continuations that differ in their last token only."""
@@ -596,7 +596,8 @@ class Transformer(nn.Module):
             rows, positions, owners, targets = (list(column) for column in zip(*asked))
             places = sorted(set(zip(rows, positions)))     # where the head is needed
             at = torch.tensor(places, device=tokens.device)                    # [places, 2]
-            logits = self.logits(self.hidden(tokens)[0][at[:, 0], at[:, 1]])   # [places, V]
+            x = self.hidden(tokens, steering)[0][at[:, 0], at[:, 1]]           # [places, d]
+            logits = self.logits(x)                                            # [places, V]
             where = {place: n for n, place in enumerate(places)}
             of = [where[place] for place in zip(rows, positions)]
             for i, score in zip(owners, logits.log_softmax(-1)[of, targets].tolist()):

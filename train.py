@@ -83,7 +83,7 @@ def make_parser():
     add("--task", metavar="A,B", help=f"a comma list of: {', '.join(trainable)}; or commonsense, "
         "the mixture of 170k rows (default: the toy world's)")
     add("--data", metavar="DIR", help="the folder with TASK/train.json, as python data/prepare.py "
-        "makes one (default: data/toy)")
+        "makes one (default: data/toy); its --help shows how to add a task of your own")
     add("--limit", type=positive, metavar="N", help="only the first N rows of each task")
     add("--out", metavar="DIR", help="the finished run; until then it grows in DIR.partial "
         "(default: out/MODEL-ARM-seedN)")
@@ -205,7 +205,7 @@ def encode(examples, tokenizer, max_length):
 
 def fine_tuning_data(args):
     """-> model on the CPU, tokenizer, rows of `encode`, their names, a remark. Raises BadInput."""
-    examples = [example for name in split_names(args.task)
+    examples = [example for name in split_names(args.task, args.data)
                 for example in load_examples(args.data, name, "train")[:args.limit]]
     model, tokenizer = load(args.model)
     rows = encode(examples, tokenizer, args.max_length)
@@ -463,9 +463,10 @@ def finished(args):
 
 def main(argv=None):
     args = read_settings(argv)
-    if compare := is_toy(args.model) and not args.train_only:
+    names = split_names(args.task, args.data)
+    set_threads(args.threads, names)
+    if compare := is_toy(args.model) and {*names} <= TOY_TASKS.keys() and not args.train_only:
         base = base_folder(Path(args.out).parent, args.model) / "eval"
-    set_threads(args.threads, split_names(args.task))
     if finished(args):
         print(f"{args.out} is a finished run; --overwrite trains it again")
     else:

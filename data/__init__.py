@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,20 +28,29 @@ def shorten(text, most=600):           # characters: seven lines of a terminal
 
 
 def read_json(path, kind=dict):
-    """The JSON value of a file. Raises BadInput if the file is missing, is not UTF-8 JSON, or holds
-    another kind of value than `kind`."""
+    """The JSON value of a file. Raises BadInput if the file is missing, and as `parse_json`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_bytes(), path, kind)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot read it ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:          # a UnicodeDecodeError is a ValueError
-        raise BadInput(f"{path}: not readable as JSON ({error}); "
-                       "if it was downloaded, fetch it again") from None
+
+
+def parse_json(raw, where, kind):
+    """The JSON value in a file's bytes; `where` names the file in messages. Raises BadInput if they
+    are not UTF-8 JSON, or hold another kind of value than `kind`."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8, "
+                       "or fetch it again") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON, or cut short ({error}; it begins {raw[:20]!r}); "
+                       "fetch it again") from None
     if not isinstance(value, kind):
         wanted = "object" if kind is dict else "list"
-        raise BadInput(f"{path}: a JSON {wanted} is needed, not a {type(value).__name__}")
+        raise BadInput(f"{where}: a JSON {wanted} is needed, not a {type(value).__name__}")
     return value
 
 
@@ -78,9 +88,7 @@ def whole(text, least=0):
     return int(text)
 
 
-def positive(text):
-    """An argparse type: a whole number above 0."""
-    return whole(text, 1)
+positive = partial(whole, least=1)     # an argparse type: a whole number above 0
 
 
 def number(text, least=-1e30):

@@ -39,13 +39,11 @@ def spherical_kmeans(x, n: int, seed: int = 0, iterations: int = 50):
 def split_groups(groups, patterns, n: int, seed: int = 0):
     """Split each group by which tokens activate its memories: groups [d_m], patterns |k|
     [d_m, tokens] -> finer groups [d_m], 0.. without gaps."""
-    finer, total = torch.empty_like(groups), 0
+    finer = groups.clone()
     for group in groups.unique():
-        members = (groups == group).nonzero()[:, 0]
-        inside, _ = spherical_kmeans(patterns[members], n, seed)
-        finer[members] = total + inside
-        total += inside.max() + 1
-    return finer
+        members = groups == group                                              # [d_m]
+        finer[members] = group * n + spherical_kmeans(patterns[members], n, seed)[0]
+    return finer.unique(return_inverse=True)[1]
 
 
 def token_groups(decode, n: int, seed: int = 0):

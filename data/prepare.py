@@ -30,33 +30,21 @@ TIMEOUT, WAITS = 30, (1, 2, 4, 8)          # seconds: of silence; before each ne
 
 # The published files when this was written (gsm8k: in our layout). Where a publisher changes one,
 # see what changed, then record the new hash. Files that are not listed have their rows checked.
-SHA256 = dict(reversed(line.split()) for line in """
-5ccbaceebaddc69765e1c4a363632196b81851d303696672165ab59ec4e48c83  boolq/train.json
-89df2397cbca81dc31adcc6f7f5b635821aa0565aafde46725b2b4bd39b4dfa9  boolq/test.json
-6a06cece3dec32f4fb1c1b0fc29dab14be7cf3053b417290dbc6cd845359f5ff  ARC-Easy/train.json
-3f32a84716ca6d57d38728bf80cc8117aecd17445c2cf29a68b571b810eb82dc  ARC-Easy/test.json
-a9debff28aafed86a08211dc3584a3b6cb38edca8c56bb34cd5002ed54aeebfb  ARC-Challenge/train.json
-4a89ce368ae01a71d268d9851686738b2a0a1d84271116bab49a1dd2b48ecad7  ARC-Challenge/test.json
-a1e094eeea01f70c0baa880f37497b26700ae99b243927b9c529984de9b1fe90  openbookqa/train.json
-8479930f7b8a26052c78250280b5465a4016ca7fc806af440d0f37e243f3099e  openbookqa/test.json
-ea2c72b3c65f1c6b62b0755adc9e0225327e8e4a40e7a40e1f6bf196ed415855  gsm8k/train.json
-5a82ec432ea9539f20c681804b483a07a97380e7594b2f7df7f5f25610b1c1a8  gsm8k/test.json
-62a8662b1ad40879953c4df0e61883a749d03aa3fc5e71f1cdb842b816e139ff  AddSub/test.json
-a40f426807c8a563802c2a5b66bda3bcd1eba9c099038fd1199f0dd57de5fd28  MultiArith/test.json
-de677f5f0139340009eb01f17c0db781b4161912cd1f4efa77292f2fcf3478ee  AQuA/test.json
-c1a708979cbf2b3df9ac4020baacf3e8e73fcf089e1de7dd1b305b810bfaa15f  mawps/test.json
-""".strip().splitlines())
+RECORDED = Path(__file__).with_name("SHA256SUMS")          # `sha256sum -c` reads it too
+SHA256 = dict(reversed(line.split()) for line in RECORDED.read_text().splitlines())
 
 
 # --------------------------------------------------------------------- from the network or a disk
 
 
-def download(url, label, timeout=TIMEOUT, waits=WAITS):
-    """The bytes at an address. Where the connection fails or the server is busy, tries again after
-    each of `waits` seconds. Raises BadInput at the end, or where the server refuses."""
+def from_mirror(mirror, task, split, label, timeout=TIMEOUT, waits=WAITS):
+    """(address, bytes) of a task's file, downloaded. Where the connection fails or the server is
+    busy, tries again after each of `waits` seconds. Raises BadInput at the end, or where the server
+    refuses."""
+    url = f"{mirror.rstrip('/')}/{task.source.format(split=split)}"
     for wait in (*waits, None):
         try:
-            return fetch(url, label, timeout)
+            return url, fetch(url, label, timeout)
         except (OSError, HTTPException) as error:          # HTTPError and URLError are OSErrors
             problem = str(error) or type(error).__name__
             code = getattr(error, "code", 500)             # 408: timeout, 429: too many requests
@@ -83,21 +71,12 @@ def fetch(url, label, timeout, opener=urlopen):
         return bytes(data)
 
 
-def from_mirror(mirror, task, split, label, timeout=TIMEOUT, waits=WAITS):
-    """(address, bytes) of a task's file, downloaded."""
-    url = f"{mirror.rstrip('/')}/{task.source.format(split=split)}"
-    return url, download(url, label, timeout, waits)
-
-
 def from_folder(folder, task, split, label=""):
     """(path, bytes) of the first copy of a task's file in a folder, or None. --help lists where."""
+    clone = task.source.split("/", 3)[3].format(split=split)       # where a clone has it
+    places = [clone, f"{task.name}/{split}.json"]
     if task.name == "gsm8k":
-        clone = f"grade_school_math/data/{split}.jsonl"
         places = [f"grade-school-math/{split}.jsonl", clone, f"grade-school-math/{clone}"]
-    elif task is tasks.COMMONSENSE:
-        places = ["ft-training_set/commonsense_170k.json", "commonsense/train.json"]
-    else:
-        places = [f"dataset/{task.name}/{split}.json", f"{task.name}/{split}.json"]
     paths = [folder / place for place in places if (folder / place).is_file()]
     return (paths[0], paths[0].read_bytes()) if paths else None
 
@@ -119,14 +98,13 @@ def gsm8k_layout(raw, where):
     return json.dumps(rows, indent=1).encode()
 
 
-def check(data, where, task, split, recorded=SHA256):
+def check(data, where, task, split, recorded):
     """The number of rows in a file's bytes. Raises BadInput unless every row is good and the bytes
     have the recorded SHA-256, if there is one."""
-    rows = len(tasks.parse(data, where, task, split))
-    found, expected = hashlib.sha256(data).hexdigest(), recorded.get(f"{task.name}/{split}.json")
-    if expected not in (None, found):
+    rows, found = len(tasks.parse(data, where, task, split)), hashlib.sha256(data).hexdigest()
+    if recorded not in (None, found):
         raise BadInput(f"{where}: not the published file: its SHA-256 is {found}, "
-                       f"recorded in data/prepare.py is {expected}")
+                       f"recorded in data/SHA256SUMS is {recorded}")
     return rows
 
 
@@ -149,7 +127,7 @@ def put(task, split, final, get, label, recorded):
         data = gsm8k_layout(data, where)
     rows = check(data, where, task, split, recorded)
     write_whole(final, data.decode())
-    if f"{task.name}/{split}.json" not in recorded:
+    if not recorded:
         print(f"no SHA-256 on record; this one's is {hashlib.sha256(data).hexdigest()}")
     return rows, "new"
 
@@ -169,7 +147,8 @@ def prepare(names, out, get, recorded=SHA256):
     print(f"{'task':14} {'split':6} {'rows':>8}  what the loss sees")
     for number, (task, split) in enumerate(files, 1):
         name = f"{task.name}/{split}.json"
-        done = put(task, split, out / name, get, f"{name} ({number} of {len(files)})", recorded)
+        label = f"{name} ({number} of {len(files)})"
+        done = put(task, split, out / name, get, label, recorded.get(name))
         if done is None:
             absent.append(name)
             continue
@@ -208,6 +187,15 @@ def main(argv=None):
   A task without a train split is an out-of-distribution test for models trained on gsm8k.
   commonsense mixes the training rows of the 8 choice tasks. It is the largest file (about 100 MB).
   Each benchmark keeps its own licence.
+
+A task of your own is a folder DIR/NAME (letters, digits, - _ .) with three files, as in
+  task.json    {{"kind": "choice", "answers": ["yes", "no"]}}
+  train.json   [{{"instruction": "Is 7 odd?", "input": "", "output": "", "answer": "yes"}}, ...]
+  test.json    the same; one of the two files is enough to train only, or to score only
+  It is used as --task NAME --data DIR. The response that is learned is "{tasks.TRIGGER}yes".
+  The other kind is {{"kind": "arithmetic"}}, where "answer" is a number, and "output" the rationale
+  that is learned, with "#### 72" as its last line. "max_new_tokens": N in task.json is the room for
+  a response, else 32 for choice and 256 for arithmetic.
 
 --mirror URL replaces {HOST}; the paths under it stay.
 --from DIR takes the first of these that it finds in DIR:

@@ -1,4 +1,4 @@
-r"""The 15 tasks: names, exact prompts, loading and checking of files, and scoring of a response.
+r"""The tasks: names, exact prompts, loading and checking of files, and scoring of a response.
 
 A task's file is DIR/<task>/<split>.json in the layout of LLM-Adapters (Hu et al. 2023,
 github.com/AGI-Edgerunners/LLM-Adapters): a list of {"instruction", "input", "output", "answer"}.
@@ -7,6 +7,7 @@ github.com/AGI-Edgerunners/LLM-Adapters): a list of {"instruction", "input", "ou
     arithmetic    "...\nAnswer the above question. First think ...\n"
                   -> "... 48+24 = 72\nThe final answer is: 72"
 
+A task of one's own needs a DIR/<task>/task.json besides; `python data/prepare.py --help` shows it.
 Every response is scored twice: by the rule of the literature, so that numbers can be compared, and
 by a strict one, which accepts only what the response states. Where they differ, read the responses.
 """
@@ -15,10 +16,10 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import BadInput
+from data import BadInput, parse_json, read_json
 
 TRIGGER = "the correct answer is "         # begins the response of choice tasks (Wu et al. 2024)
 FINAL = "The final answer is: "            # ends the response of every gsm8k training row
@@ -31,7 +32,8 @@ def _choice_rules(labels):
     """(comparable, strict) rules. "untrue" is not "true", "answer12" is not "answer1"; "trueThe",
     from a model that did not stop, is still "true". LLM-Adapters has neither these boundaries nor
     the trigger: it takes the first match anywhere."""
-    label = "|".join(name + (r"(?!\d)" if name[-1].isdigit() else "(?![a-z])") for name in labels)
+    label = "|".join(re.escape(name) + (r"(?!\d)" if name[-1].isdigit() else "(?![a-z])")
+                     for name in sorted(labels, key=len, reverse=True))    # "not" before "no"
     anywhere, here = re.compile(rf"(?<![^\W_])(?:{label})"), re.compile(label)
 
     def extract(text):
@@ -105,14 +107,15 @@ class Task:
     max_new_tokens: int        # room for the response when decoding
     suite: str = ""            # of the toy world's tasks: which of three means it counts in
     score: str = "generate"    # how eval.py scores it unless told otherwise
+    own: dict | None = None    # what the task.json of a task of one's own says
 
 
 ADAPTERS = "AGI-Edgerunners/LLM-Adapters/main"
 GSM8K = "openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
 
 
-def _choice(name, labels, n, train, test, answers=None):
-    return Task(name, "choice", answers or labels, 1 / n, dict(train=train, test=test),
+def _choice(name, labels, n, answers=None, **splits):
+    return Task(name, "choice", answers or labels, 1 / n, splits,
                 f"{ADAPTERS}/dataset/{name}/{{split}}.json",
                 *_choice_rules(labels), max_new_tokens=32)
 
@@ -129,14 +132,14 @@ def _arithmetic(name, answers=(), rules=(last_number, stated_number), source=Non
 # because a machine wrote the rationales of LLM-Adapters' copy. AQuA is not in the paper's Table 4.
 _FIVE = ("answer1", "answer2", "answer3", "answer4", "answer5")
 TASKS = {task.name: task for task in (
-    _choice("boolq", ("true", "false"), 2, 9427, 3270),
-    _choice("piqa", ("solution1", "solution2"), 2, 16113, 1838),
-    _choice("social_i_qa", _FIVE, 3, 33410, 1954, answers=_FIVE[:3]),
-    _choice("hellaswag", ("ending1", "ending2", "ending3", "ending4"), 4, 39905, 10042),
-    _choice("winogrande", ("option1", "option2"), 2, 63238, 1267),
-    _choice("ARC-Easy", _FIVE, 4, 2251, 2376),
-    _choice("ARC-Challenge", _FIVE, 4, 1119, 1172),
-    _choice("openbookqa", _FIVE, 4, 4957, 500),
+    _choice("boolq", ("true", "false"), 2, train=9427, test=3270),
+    _choice("piqa", ("solution1", "solution2"), 2, train=16113, test=1838),
+    _choice("social_i_qa", _FIVE, 3, _FIVE[:3], train=33410, test=1954),
+    _choice("hellaswag", ("ending1", "ending2", "ending3", "ending4"), 4, train=39905, test=10042),
+    _choice("winogrande", ("option1", "option2"), 2, train=63238, test=1267),
+    _choice("ARC-Easy", _FIVE, 4, train=2251, test=2376),
+    _choice("ARC-Challenge", _FIVE, 4, train=1119, test=1172),
+    _choice("openbookqa", _FIVE, 4, train=4957, test=500),
     _arithmetic("gsm8k", train=7473, test=1319, source=GSM8K),
     _arithmetic("AddSub", test=395),
     _arithmetic("SingleEq", test=508),
@@ -162,8 +165,7 @@ _TOY_RULES = {"value": lambda text: text.partition(TRIGGER)[2].strip() or None,
               "number": first_number, "arithmetic": last_number}
 
 
-def _toy(name, kind, suite, test, train=None):
-    splits = dict(train=train, test=test) if train else dict(test=test)
+def _toy(name, kind, suite, **splits):
     strict = stated_number if kind == "arithmetic" else _TOY_RULES[kind]
     return Task(name, "cloze" if kind == "number" else kind, (), 0.0, splits, "",
                 _TOY_RULES[kind], strict, max_new_tokens=32 if kind == "arithmetic" else 4,
@@ -173,31 +175,63 @@ def _toy(name, kind, suite, test, train=None):
 SUITES = ("in distribution", "new format", "retention")    # their mean hides what fine-tuning does
 TOY = {task.name: task for task in (
     # Training asks about other people, or has other stories, than the tests do.
-    _toy("toy-facts", "value", "in distribution", 300, train=1125),
-    _toy("toy-pick", "value", "in distribution", 200, train=875),    # three values to choose from
-    _toy("toy-sums", "arithmetic", "in distribution", 200, train=1000),
+    _toy("toy-facts", "value", "in distribution", train=1125, test=300),
+    _toy("toy-pick", "value", "in distribution", train=875, test=200),   # of three values
+    _toy("toy-sums", "arithmetic", "in distribution", train=1000, test=200),
     # Other wordings and stories; "unseen": kinds of facts that fine-tuning never asks for.
-    _toy("toy-facts-new", "value", "new format", 300),
-    _toy("toy-facts-unseen", "value", "new format", 200),
-    _toy("toy-pick-unseen", "value", "new format", 200),
-    _toy("toy-sums-new", "arithmetic", "new format", 200),
+    _toy("toy-facts-new", "value", "new format", test=300),
+    _toy("toy-facts-unseen", "value", "new format", test=200),
+    _toy("toy-pick-unseen", "value", "new format", test=200),
+    _toy("toy-sums-new", "arithmetic", "new format", test=200),
     # What the base model could do.
-    _toy("toy-cloze", "cloze", "retention", 300),
-    _toy("toy-famous", "cloze", "retention", 225),
-    _toy("toy-common", "cloze", "retention", 168), _toy("toy-plain", "number", "retention", 200),
+    _toy("toy-cloze", "cloze", "retention", test=300),
+    _toy("toy-famous", "cloze", "retention", test=225),
+    _toy("toy-common", "cloze", "retention", test=168),
+    _toy("toy-plain", "number", "retention", test=200),
 )}
+BUILT_IN = {**KNOWN, **TOY}
+OWN_NAME = re.compile(r"\w[\w.-]{,63}")
+OWN = {"kind": '"choice" or "arithmetic"',             # what a task.json says
+       "answers": 'two or more different texts, as in ["yes", "no"]',
+       "max_new_tokens": "a whole number above 0"}
 
 
-def find(name: str) -> Task:
-    """The task of that name. Raises BadInput for another, naming the nearest."""
-    known = {**KNOWN, **TOY}
-    if name not in known:
+def own_task(path: Path) -> Task:
+    """The task that a DIR/<name>/task.json describes. Raises BadInput, naming file and key."""
+    said, name, splits = read_json(path), path.parent.name, ("train", "test")
+    kind, answers, room = (said.get(key) for key in OWN)
+    good = {"kind": kind in ("choice", "arithmetic"),
+            "answers": isinstance(answers, list) and len(answers) > 1 and all(
+                isinstance(text, str) and text.isprintable() and text.strip() == text != ""
+                and answers.count(text) == 1 for text in answers),
+            "max_new_tokens": type(room) is int and 0 < room < 10**6}
+    keys = [key for key in OWN if key != "answers" or kind == "choice"]
+    for key in (*keys[:-1], *said):        # all but the last are needed
+        if key not in keys or not good[key]:
+            wanted = f"must be {OWN[key]}" if key in keys else f"is none of {', '.join(keys)}"
+            raise BadInput(f'{path}: "{key}" {wanted}; it is {said.get(key)!r:.60}')
+    splits = {split: 0 for split in splits if path.with_name(f"{split}.json").is_file()}
+    task = (_choice(name, tuple(answers), len(answers), **splits) if kind == "choice"
+            else _arithmetic(name, **splits))
+    return replace(task, source="", own=said, max_new_tokens=room or task.max_new_tokens)
+
+
+def find(name: str, data_dir=None) -> Task:
+    """The built-in task of that name, or the one that DIR/<name>/task.json describes. Raises
+    BadInput for another, naming the nearest, and for a task.json that means nothing."""
+    own = Path(data_dir or "", name, "task.json")
+    if data_dir and OWN_NAME.fullmatch(name) and own.is_file():
+        if name in BUILT_IN:
+            raise BadInput(f"{own}: {name} is a built-in task; give your own another name")
+        return own_task(own)
+    if name not in BUILT_IN:
         near = {name.lower(): name for name in KNOWN}      # and the names that papers use
         near |= {"siqa": "social_i_qa", "obqa": "openbookqa", "arc-c": "ARC-Challenge"}
         found = difflib.get_close_matches(name.lower(), near, 1, 0.5)
         guess = f"; did you mean {near[found[0]]}?" if found else ""
-        raise BadInput(f"there is no task {name!r}{guess} (known: {', '.join(KNOWN)})")
-    return known[name]
+        raise BadInput(f"there is no task {name!r}{guess} (known: {', '.join(KNOWN)}; "
+                       f"one of your own needs {own}: python data/prepare.py --help)")
+    return BUILT_IN[name]
 
 
 # ------------------------------------------------------------------------ from a file to examples
@@ -234,19 +268,37 @@ def make_response(task: Task, answer: str, output: str) -> str:
     return text[:mark] + FINAL + said if said else output
 
 
+def option_texts(example: Example) -> list[tuple[str, str]]:
+    """How a text goes on with each of an item's options: [(prompt, continuation)], as the Language
+    Model Evaluation Harness (EleutherAI) asks. [] where the instruction does not spell them out."""
+    rest, _, labels = example.prompt.partition("Answer format:")
+    texts = []
+    for label in reversed(example.choices if len(labels.split()) == 1 else ()):
+        rest, found, text = rest.rpartition(f"{label.capitalize()}:")
+        if not found:
+            return []
+        texts.insert(0, text.strip())
+    question = re.sub(r"\APlease choose[^:]*:", "", rest).strip()
+    if example.task.name == "winogrande":                  # scored is what stands after the blank
+        before, _, after = question.partition("_")
+        return [(before + text, after) for text in texts] if after else []
+    asks = question if example.task.name == "hellaswag" else f"Question: {question}\nAnswer:"
+    return [(asks, " " + text) for text in texts] if question else []
+
+
 def load(data_dir, name: str, split: str) -> list[Example]:
     """Read DIR/<name>/<split>.json. Raises BadInput, naming file and row, for whatever is wrong."""
-    task, folder = find(name), Path(data_dir)
+    task, folder = find(name, data_dir), Path(data_dir)
+    path = folder / name / f"{split}.json"
     if split not in task.splits:
         why = {"train": "training split: it is an out-of-distribution test; train on gsm8k",
                "test": "test split: it is for training; test on the 8 choice tasks it mixes"}
-        other = f"split {split!r}: it has " + " and ".join(task.splits)
-        raise BadInput(f"{name} has no {why.get(split, other)}")
-    path = folder / name / f"{split}.json"
+        other = f"split {split!r}: it has {' and '.join(task.splits) or 'none'}, and no {path}"
+        raise BadInput(f"{name} has no {(why if name in KNOWN else {}).get(split, other)}")
     try:
         return parse(path.read_bytes(), path, task, split)
     except (FileNotFoundError, NotADirectoryError):
-        have = [known for known in {**KNOWN, **TOY} if (folder / known / path.name).is_file()]
+        have = [known for known in BUILT_IN if (folder / known / path.name).is_file()]
         there = f"{folder} has {split} files for: {', '.join(have) or 'no task'}"
         there = there if folder.is_dir() else f"there is no folder {folder}"
         command = "world.py" if task.suite else f"prepare.py {name}"
@@ -258,19 +310,10 @@ def load(data_dir, name: str, split: str) -> list[Example]:
 
 def parse(raw: bytes, where, task: Task, split: str) -> list[Example]:
     """The examples in a file's bytes; `where` names the file in messages. Raises BadInput."""
-    try:
-        rows = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8, "
-                       "or fetch it again") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not JSON, or cut short ({error}; it begins {raw[:20]!r}); "
-                       "fetch it again") from None
-    if not isinstance(rows, list) or not rows:
-        what = "an empty list" if rows == [] else f"not a list but a {type(rows).__name__}"
-        raise BadInput(f"{where}: {what}; it must be a list of "
+    rows, examples = parse_json(raw, where, list), []
+    if not rows:
+        raise BadInput(f"{where}: an empty list; it must be a list of "
                        '{"instruction", "input", "output", "answer"}')
-    examples = []
     for index, row in enumerate(rows):
         try:
             examples.append(_example(row, index, task, split))
@@ -314,9 +357,10 @@ def _example(row, index, task, split):
 def _choices(row, task):
     """The item's own choices: of a choice task those in its last line, perhaps fewer than the
     task's; of the toy world's tasks those that the row lists."""
-    if task.kind == "choice":
-        listed = re.search(r"Answer format:\s*(\w+(?:/\w+)+)\s*\Z", row["instruction"])
-        choices = listed[1].split("/") if listed else task.answers
+    choices = task.answers
+    listed = re.search(r"Answer format:\s*(\w+(?:/\w+)+)\s*\Z", row["instruction"])
+    if task.kind == "choice" and listed:
+        choices = listed[1].split("/")
         if not set(choices) <= set(task.answers) or len(set(choices)) < len(choices):
             raise BadInput(f"its answer format is {listed[1]}, but the answers of {task.name} are "
                            + "/".join(task.answers))
@@ -325,8 +369,6 @@ def _choices(row, task):
         if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or (
                 len(set(choices)) < max(2, len(choices))):
             raise BadInput('"choices" must be a list of two or more different answers')
-    else:
-        choices = task.answers
     return tuple(choices)
 
 
@@ -340,9 +382,8 @@ def judge(example: Example, text: str) -> dict:
     verdict = {}
     for prefix, rule in (("", example.task.extract), ("strict_", example.task.strict)):
         said = rule(text)
-        if example.choices or said is None:
-            same = said == example.answer
-        else:
+        same = said == example.answer
+        if not example.choices and said is not None:
             same = abs(float(said) - float(example.answer)) <= 1e-3
         verdict |= {prefix + "prediction": said, prefix + "correct": same}
     return verdict

@@ -1,9 +1,9 @@
-"""Text to token ids and back for Llama 3, Qwen and Gemma, with one engine: tiktoken.
+"""Text to token ids and back for Llama, SmolLM, Qwen and Gemma, with one engine: tiktoken.
 
 A tokenizer's file describes five steps, and `Tokenizer.encode` takes them in this order:
     added tokens   strings that are cut out first; each has an id of its own: <|im_start|>, <bos>
-    normalizer     Qwen composes accents (NFC); Gemma writes "▁" for " "
-    split          Llama and Qwen cut the text into words with a regular expression; Gemma does not
+    normalizer     Qwen composes accents (NFC); Gemma and Llama 2 write "▁" for " "
+    split          Llama 3, SmolLM and Qwen cut the text into words with regular expressions
     merges         inside a word, join the two neighbours that come first in this list; repeat
     template       what stands in front of every text: <|begin_of_text|>, <bos>, nothing for Qwen
 The ids are those of Hugging Face's fast tokenizers for the same files, whatever the text.
@@ -11,10 +11,11 @@ The ids are those of Hugging Face's fast tokenizers for the same files, whatever
 import base64
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import regex                       # tiktoken brings it along
 import tiktoken
 
 from data import BadInput, read_json
@@ -22,13 +23,14 @@ from data import BadInput, read_json
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
          "vocab.json", "merges.txt"]
 
-# How Llama 3 and Qwen cut words; they differ in how many digits make one. Llama's tokenizer.model
-# and Qwen's vocab.json do not say it.
+# How Llama 3 and Qwen cut words, which Llama's tokenizer.model and Qwen's vocab.json do not say.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}#| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA_WORDS, QWEN_WORDS = WORDS.replace("#", "{1,3}"), WORDS.replace("#", "")
 GPT2_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 EVERYTHING = r"[\s\S]+"
+DIGIT = r"[\p{N}\U00011DE0-\U00011DE9\U00016FF4-\U00016FF6]"    # of Unicode 17, \p{N} of 16
+OUR_PATTERNS = (LLAMA_WORDS, QWEN_WORDS, GPT2_WORDS, EVERYTHING, DIGIT, DIGIT + "+")
 LONGEST_TOKEN = 1000             # characters, eight times the longest of any published vocabulary
 LONGEST_RUN = 500_000            # of white space; a million overflows the stack inside tiktoken
 
@@ -46,8 +48,9 @@ WELL_KNOWN = {"bos": ["<|begin_of_text|>", "<bos>"],
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 CHAR_TO_BYTE = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
+BYTE_TO_CHAR = {b: c for c, b in CHAR_TO_BYTE.items()}
 ALPHABET = frozenset(CHAR_TO_BYTE)
-BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}            # Gemma's, for unknown characters
+BYTE_TOKENS = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}     # Gemma's, for unknown characters
 
 # The reference's NFC is that of Unicode 9. It leaves marks and scripts that came later as they are,
 # so ours must not reach across them.
@@ -102,10 +105,9 @@ class Tokenizer:
         special_tokens_map.json and config.json."""
         model = read_model(spec)
         vocab, pairs, whole = model.vocab, model.pairs, model.ignore_merges
-        words, prefix, self._normalize = splitting(spec)
-        check(not words or ALPHABET <= vocab.keys(),
-              "byte-level, but the vocabulary does not hold all 256 bytes")
-        check(words or not any(BYTE_TOKENS.keys() & {*pair} for pair in pairs),
+        words, self._prefix, self._normalize = splitting(spec)
+        fast = words and len(words) == 1 and ALPHABET <= vocab.keys()
+        check(fast or all(BYTE_TOKENS.keys().isdisjoint(pair) for pair in pairs),
               "merges of byte tokens are not supported")
         self._names, control, tables = added_tokens(spec, vocab, self._normalize)
         self._cutters = {key: (cutter(table), table) for key, table in tables.items()}
@@ -121,35 +123,36 @@ class Tokenizer:
         @cache
         def bpe(banned):
             """A function text -> ids for text without added tokens. None of `banned` comes out."""
-            listed = {pair: n for pair, n in pairs.items() if "".join(pair) not in banned}
-            characters = [token for token in vocab if len(token) == 1 and token not in banned]
+            listed = {p: n for p, n in pairs.items() if banned.isdisjoint((*p, "".join(p)))}
+            rank = merge_ranks(listed)
             if model.ranked_by_id:
                 rank = {token: id for token, id in vocab.items() if len(token) > 1}
-            else:
-                rank = merge_ranks(listed, characters)
+            if not fast:
+                check(words or not whole, "ignore_merges without words is not supported")
+                spell = character_level(vocab, rank, banned, model)
+                known = {token: [vocab[token]] for token in vocab.keys() - banned if whole}
+                return word_by_word(words, known, spell) if words else spell
             # Llama 3 takes a word of the vocabulary whole, merges or not. Where merging it leaves
             # three parts or more, tiktoken takes it whole too, and never merges to it.
             for token in vocab.keys() - rank.keys() - banned - ALPHABET if whole else ():
-                check(words and len(merge_by_hand(token, listed)[0]) != 2,
+                check(len(merge_by_hand(token, listed)[0]) != 2,
                       f"ignore_merges without a merge for {token!r} is not supported")
                 rank[token] = len(pairs) + vocab[token]
-            if words:
-                return byte_level(vocab, rank, words, prefix)
-            return character_level(vocab, rank, characters, model)
+            return byte_level(vocab, rank, *words)
 
         self._bpe = lambda special: bpe(frozenset() if special else banned)
         self._bpe(special=False)           # mostly nothing is banned, and the two are one
         self._to_bytes = byte_level_bytes if words else character_level_bytes
 
         self.files, self._front = files, template_front(spec)
+        self._gap = " " * any(cut["type"] == "Strip" for cut in steps(spec, "decoder", "decoders"))
         check(all(type(id) is int and id in self._names for id in self._front),
               f"the template puts {self._front} in front, and not all are ids of tokens")
         ids = {token: id for id, token in self._names.items()}
         self.bos_id, self.eos_id, self.pad_id = (
             named_id(which, configs, self._front, ids) for which in ("bos", "eos", "pad"))
-        ends = [id for id in (self.bos_id, self.eos_id) if id is not None]
         plain = [id for token, id in vocab.items() if token not in control]
-        self.max_id = max(plain + self._front + ends)
+        self.max_id = max(plain + self._front + [self.bos_id or 0, self.eos_id or 0])
 
     def encode(self, text, bos=True, special=True):
         """Text to a list of ids.
@@ -177,7 +180,11 @@ class Tokenizer:
                 if m % 2:
                     ids.append(table_late[part])
                 elif part:
-                    ids += bpe(part)
+                    try:                   # encode_ordinary would panic where tiktoken raises
+                        ids += bpe(" " + part if self._prefix and part[0] != " " else part)
+                    except (ValueError, TimeoutError) as error:
+                        raise BadInput(f"text: the tokenizer's pattern cannot cut {part[:40]!r} "
+                                       f"into words ({error}); is its file the published one?")
         return ids
 
     def token(self, id):
@@ -185,13 +192,15 @@ class Tokenizer:
         return self._to_bytes(self._names[id]) if id in self._names else None
 
     def decode(self, ids):
-        """Ids to text; bytes that are not UTF-8 become U+FFFD. Raises BadInput for unknown ids."""
+        """Ids to text, for Llama 2 without the space that `encode` puts in front; bytes that are
+        not UTF-8 become U+FFFD. Raises BadInput for unknown ids."""
         try:
             tokens = [self._names[id] for id in ids]
         except KeyError as error:
             raise BadInput(f"id {error} is no token of this tokenizer, whose largest id is "
                            f"{max(self._names)}") from None
-        return b"".join(map(self._to_bytes, tokens)).decode("utf-8", "replace")
+        text = b"".join(map(self._to_bytes, tokens)).decode("utf-8", "replace")
+        return text.removeprefix(self._gap)
 
 
 def cutter(table):
@@ -205,58 +214,36 @@ def cutter(table):
 # --------------------------------------------------------------------------------------- merging
 
 
-def merge_ranks(pairs, characters):
-    """{(left, right): place in the list} -> {left + right: rank}, for the tokens that merging
-    `characters` can reach.
+def merge_ranks(pairs):
+    """{(left, right): place in the list} -> {left + right: rank} of what merging can reach.
 
     tiktoken ranks results; these files rank pairs, and may list several pairs for one result, far
     apart. But merging is deterministic: a token goes through the same steps inside any word as it
     does alone, so only one pair ever makes it. Give the token that pair's place, leave out tokens
     that no pair reaches, and tiktoken's next join is always the file's.
     """
-    rank, halves, late = dict.fromkeys(characters, -1), {}, set()
-
-    def side_by_side(left, right):
-        """Alone, does left + right come down to these two? Undo their joins, latest first: no
-        better one may cross the border."""
-        while len(left) + len(right) > 2:
-            if rank[left] > rank[right]:
-                limit, left = rank[left], halves[left][1]
-            else:                # + 1: of equal joins the leftmost wins, here the crossing one
-                limit, right = rank[right] + 1, halves[right][0]
-            if pairs.get((left, right), limit) < limit:
-                return False
-        return True
-
-    for (left, right), place in sorted(pairs.items(), key=lambda item: item[1]):
-        token = left + right
-        if left not in rank or right not in rank:
-            late.add(token)      # a part comes later in the list, as in Gemma's runs of "▁"
-        elif token not in rank and side_by_side(left, right):
-            rank[token], halves[token] = place, (left, right)
-    for token in late - rank.keys():
-        parts, place = merge_by_hand(token, pairs)
-        if len(parts) == 1:
-            rank[token] = place
-    return {token: place for token, place in rank.items() if place >= 0}
+    alone = {token: merge_by_hand(token, pairs) for token in {*map("".join, pairs)}}
+    return {token: place for token, (parts, place) in alone.items() if len(parts) == 1}
 
 
 def merge_by_hand(word, pairs):
     """The rule itself, slowly: join the best pair, of equals the leftmost, while there is one.
     Returns the parts, and the place of the last join in the list."""
-    parts, place = [*word], None
-    while found := [(pairs[pair], i) for i, pair in enumerate(zip(parts, parts[1:]))
-                    if pair in pairs]:
-        place, i = min(found)
+    parts, place, never = [*word], None, float("inf")
+    while True:
+        places = [*map(pairs.get, zip(parts, parts[1:]), [never] * len(parts)), never]
+        best = min(places)
+        if best == never:
+            return parts, place
+        place, i = best, places.index(best)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts, place
 
 
-def byte_level(vocab, rank, words, prefix):
+def byte_level(vocab, rank, words):
     """Llama 3 and Qwen: merges the bytes of each word. Returns a function text -> ids."""
     tokens = [*CHAR_TO_BYTE, *sorted(filter(ALPHABET.issuperset, rank), key=rank.get)]
     ids = [vocab[token] for token in tokens]
-    if words not in (LLAMA_WORDS, QWEN_WORDS, GPT2_WORDS, EVERYTHING):
+    if words not in OUR_PATTERNS:
         words = rf"(?:{words})(?!\G)"              # no empty words: tiktoken would panic
     words = f"{words}|(?:(?!{words})[\\s\\S])+"     # tiktoken would drop what a pattern skips
     ranks = {byte_level_bytes(token): n for n, token in enumerate(tokens)}
@@ -264,38 +251,68 @@ def byte_level(vocab, rank, words, prefix):
         bpe = tiktoken.Encoding("bytes", pat_str=words, mergeable_ranks=ranks, special_tokens={})
     except ValueError as error:
         raise BadInput(f"the pattern that splits words cannot be read ({error})") from None
+    return lambda text: [ids[n] for n in bpe.encode(text, disallowed_special=())]
+
+
+def word_by_word(patterns, known, spell):
+    """SmolLM: cuts by one pattern after the other, and merges each word as the characters of its
+    bytes, of which the vocabulary may lack some. Returns a function text -> ids."""
+    def exact(pattern):
+        return re.sub(r"\\[pP]\{\w+\}", lambda name: ranges(name[0]), pattern)
+
+    try:
+        cuts = [[*(regex.compile(f"(?V1m)({text})") for text in (exact(pattern), pattern)),
+                 pattern not in OUR_PATTERNS] for pattern in patterns]
+    except (regex.error, ValueError) as error:
+        raise BadInput(f"the pattern that splits words cannot be read ({error})") from None
+    check(all(cut.groups == 1 for cut, *_ in cuts), "a pattern with groups is not supported")
+
+    @lru_cache(1 << 16)
+    def ids_of(word):
+        word = "".join(map(BYTE_TO_CHAR.get, word.encode()))
+        return known.get(word) or spell(word)
 
     def encode(text):
-        text = " " + text if prefix and text[0] != " " else text
-        try:                               # encode_ordinary would panic where this raises
-            return [ids[n] for n in bpe.encode(text, disallowed_special=())]
-        except ValueError as error:
-            raise BadInput(f"text: the tokenizer's pattern cannot cut {text[:40]!r} into words "
-                           f"({error}); is its file the published one?") from None
+        words = [text]
+        for *cut, foreign in cuts:         # one that explodes must not take for ever; seconds
+            words = [part for word in words for part in cut[word.isascii()].split(
+                word, timeout=1 + len(word) / 1e4 if foreign else None) if part]
+        return [id for word in words for id in ids_of(word)]
     return encode
 
 
-def character_level(vocab, rank, characters, model):
+@cache
+def ranges(name):
+    """\\p{L} -> its characters as ranges: `regex` may know a later Unicode than the reference."""
+    texts = ("".join(map(chr, range(n, n + 2048))) for n in range(0, 0x110000, 2048) if n != 0xD800)
+    one = tiktoken.Encoding("class", pat_str=name, special_tokens={},
+                            mergeable_ranks={bytes([b]): b for b in range(256)})
+    codes = {ord(c) for text in texts for c in bytes(one.encode_ordinary(text)).decode()}
+    ends = sorted(code for code in codes if not {code - 1, code + 1} <= codes)
+    return "[" + "".join(rf"\U{code:08x}" + "-" * (code + 1 in codes) for code in ends) + "]"
+
+
+def character_level(vocab, rank, banned, model):
     """Gemma: merges characters. tiktoken first assembles them from bytes, as their UTF-8 prefixes
     rank before all merges. A character that is not in the vocabulary becomes its byte tokens, or
-    else unk. Returns a function text -> ids."""
+    else unk, or else nothing. Returns a function text -> ids."""
+    characters = {token for token in vocab.keys() - banned if len(token) == 1}
     tokens = {bytes([b]): chr(b) for b in range(256)}      # parts of characters from 128 on
     tokens |= {c.encode()[:n]: c for c in characters for n in range(2, len(c.encode()) + 1)}
     tokens |= {token.encode(): token for token in sorted(rank, key=rank.get)}
     ids, ranks = [*map(vocab.get, tokens.values())], {token: n for n, token in enumerate(tokens)}
     # Cutting the text in front of "▁" is faster, and right where no token has "▁" further inside.
-    inside = any("▁" in token.lstrip("▁") for token in rank)
-    words = "(?s:.+)" if inside else "▁*[^▁]+|▁+"
+    words = "(?s:.+)" if any("▁" in t.lstrip("▁") for t in rank) else "▁*[^▁]+|▁+"
     bpe = tiktoken.Encoding("characters", pat_str=words, mergeable_ranks=ranks, special_tokens={})
     unknown = re.compile(f"([^{re.escape(''.join(characters))}]+)")
     spelling = [vocab.get(name) if model.byte_fallback else None for name in BYTE_TOKENS]
     unk = vocab.get(model.unk_token) if model.unk_token else None
-    check(unk is not None or all(id is not None or chr(b) in characters
-                                 for b, id in enumerate(spelling)),
+    drop = not model.unk_token and not model.byte_fallback
+    check(drop or unk is not None or None not in spelling,
           "a byte token is missing, and unk_token names no token of the vocabulary in its place")
 
     def encode(text):
-        out = []
+        text, out = unknown.sub("", text) if drop else text, []
         for n, part in enumerate(unknown.split(text)):
             if n % 2 == 0:
                 out += [ids[n] for n in bpe.encode_ordinary(part)]
@@ -317,9 +334,7 @@ def byte_level_bytes(token):               # "Ġthe" -> b" the"
 
 
 def character_level_bytes(token):          # "▁the" -> b" the", "<0x41>" -> b"A"
-    if token in BYTE_TOKENS:
-        return bytes([BYTE_TOKENS[token]])
-    return token.replace("▁", " ").encode()
+    return BYTE_TOKENS.get(token) or token.replace("▁", " ").encode()
 
 
 # ------------------------------------------------------------------ the parts of a tokenizer.json
@@ -337,7 +352,8 @@ def check(condition, message):
 def take(section, where, **kinds):
     """The named values of a JSON object, checked. A name has a type, and then it must be there, or
     a default, whose type it must have: take(token, "token", id=int, special=False).special"""
-    check(isinstance(section, dict), f"{where} is {section!r:.40}; expected an object")
+    if not isinstance(section, dict):
+        raise BadInput(f"{where} is {section!r:.40}; expected an object")
     values = SimpleNamespace()
     for name, kind in kinds.items():
         default, kind = (None, kind) if isinstance(kind, type) else (kind, type(kind))
@@ -416,29 +432,34 @@ def steps(spec, section, key):
 
 
 def splitting(spec):
-    """Normalizer and pre-tokenizer -> the pattern that cuts words (None for Gemma's kind), whether
-    to put a space in front, and a function that normalizes."""
+    """Normalizer and pre-tokenizer -> the patterns that cut words, one after the other (None for
+    Gemma's kind), whether to put a space in front, and a function that normalizes."""
     normalizers = steps(spec, "normalizer", "normalizers")
     cuts = steps(spec, "pre_tokenizer", "pretokenizers")
-    unsupported = (f"normalizer {normalizers} with pre-tokenizer {cuts} is not supported; "
-                   "expected those of Llama 3, Qwen or Gemma")
-    if not cuts or cuts[-1]["type"] != "ByteLevel":
-        # Gemma cuts at spaces, but after its normalizer there is none left.
-        check(normalizers == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-              and all(cut["type"] == "Split" and cut.get("pattern") == {"String": " "}
-                      for cut in cuts), unsupported)
-        return None, False, lambda text: text.replace(" ", "▁")
-    check(normalizers in ([], [{"type": "NFC"}]) and len(cuts) < 3, unsupported)
-    last = take(cuts[-1], "pre_tokenizer", add_prefix_space=True, use_regex=True)
-    words = GPT2_WORDS if last.use_regex else EVERYTHING
-    if len(cuts) == 2:
-        check(cuts[0]["type"] == "Split" and not last.add_prefix_space and not last.use_regex,
-              unsupported)
-        split = take(cuts[0], "pre_tokenizer", behavior=str, pattern=dict, invert=False)
-        pattern = take(split.pattern, "pattern", Regex="", String="")
-        words = pattern.Regex or re.escape(pattern.String)
-        check(split.behavior == "Isolated" and not split.invert and words, unsupported)
-    return words, last.add_prefix_space, nfc if normalizers else str
+    gemma = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    llama = [{"type": "Prepend", "prepend": "▁"}, gemma]
+    check(normalizers in ([], [{"type": "NFC"}], [gemma], llama),
+          f"normalizer {normalizers} is not supported; known are NFC, {gemma}, {llama}")
+    # Gemma cuts at spaces, but after its normalizer there is none left.
+    if gemma in normalizers and all(cut.get("pattern") == {"String": " "} for cut in cuts):
+        front = "▁" if normalizers == llama else ""
+        return None, False, lambda text: text and front + text.replace(" ", "▁")
+    patterns, kinds = [], [cut["type"] for cut in cuts]
+    for kind, cut in zip(kinds, cuts):
+        made = take(cut, "pre_tokenizer", add_prefix_space=True, use_regex=True, behavior="",
+                    pattern={}, invert=False, individual_digits=False)
+        pattern = take(made.pattern, "pattern", Regex="", String="")
+        pattern = pattern.Regex or re.escape(pattern.String)
+        known = {"ByteLevel": GPT2_WORDS if made.use_regex else EVERYTHING,
+                 "Digits": DIGIT if made.individual_digits else DIGIT + "+",
+                 "Split": pattern if made.behavior == "Isolated" and not made.invert else None}
+        check(known.get(kind), f"pre-tokenizer {cut} is not supported; known are ByteLevel, Digits "
+                               "and Split (Isolated, not inverted)")
+        patterns += [known[kind]] if known[kind] != EVERYTHING else []
+    check(kinds[-1:] == ["ByteLevel"] and "ByteLevel" not in kinds[:-1] and gemma not in normalizers
+          and not (made.add_prefix_space and len(cuts) > 1), f"pre-tokenizers {kinds} behind "
+          f"normalizers {normalizers} are not supported; expected ByteLevel once, at the end")
+    return patterns or [EVERYTHING], made.add_prefix_space, nfc if normalizers else str
 
 
 def nfc(text):
@@ -493,7 +514,6 @@ def named_id(which, configs, front, ids):
 def read_tiktoken(path):
     """Llama 3's tokenizer.model, lines of "base64 rank", as a tokenizer.json. The rank is both the
     id and the order of merging."""
-    chars = {b: c for c, b in CHAR_TO_BYTE.items()}
     lines = path.read_bytes().splitlines()
     check(lines and re.fullmatch(rb"[\w+/]+=* \d+", lines[0]),
           f"{path}: SentencePiece's format is not read; put tokenizer.json beside it")
@@ -502,12 +522,12 @@ def read_tiktoken(path):
                   for token, rank in map(bytes.split, lines)]
     except ValueError as error:
         raise BadInput(f"{path}: cannot be read ({error}); fetch it again") from None
-    vocab = {"".join(map(chars.get, token)): rank for token, rank in tokens}
+    vocab = {"".join(map(BYTE_TO_CHAR.get, token)): rank for token, rank in tokens}
     check(len(vocab) == len(lines), f"{path}: the same token stands on two lines")
     bos = {"type": "TemplateProcessing",
            "single": [{"SpecialToken": {"id": "bos"}}, {"Sequence": {"id": "A"}}],
            "special_tokens": {"bos": {"ids": [len(vocab)]}}}
-    spec = byte_level_spec(vocab, [], LLAMA_SPECIAL, LLAMA_WORDS, ignore_merges=True,
+    spec = byte_level_spec(path, vocab, [], LLAMA_SPECIAL, LLAMA_WORDS, ignore_merges=True,
                            ranked_by_id=True)
     return spec | {"post_processor": bos}
 
@@ -515,7 +535,7 @@ def read_tiktoken(path):
 def read_vocab_and_merges(dir, config):
     """Qwen's vocab.json and merges.txt, with the added tokens of tokenizer_config.json, as a
     tokenizer.json."""
-    path, where = dir / "merges.txt", dir / "tokenizer_config.json"
+    vocab, path, where = (dir / name for name in ("vocab.json", "merges.txt", FILES[1]))
     try:
         lines = path.read_text("utf-8").split("\n")
     except ValueError as error:
@@ -532,13 +552,13 @@ def read_vocab_and_merges(dir, config):
         check(re.fullmatch(r"\d{1,9}", id) and isinstance(token, dict),
               f"{where}: {id!r} in added_tokens_decoder is not the id of a token")
         listed.append(token | {"id": int(id)})
-    spec = byte_level_spec(read_json(dir / "vocab.json"), merges, QWEN_SPECIAL, QWEN_WORDS)
-    if listed:
-        spec["added_tokens"] = sorted(listed, key=lambda token: token["id"])
+    spec = byte_level_spec(vocab, read_json(vocab), merges, QWEN_SPECIAL, QWEN_WORDS)
+    spec["added_tokens"] = sorted(listed, key=lambda token: token["id"]) or spec["added_tokens"]
     return spec | {"normalizer": {"type": "NFC"}}
 
 
-def byte_level_spec(vocab, merges, special, words, **model):
+def byte_level_spec(path, vocab, merges, special, words, **model):
+    check(ALPHABET <= vocab.keys(), f"{path}: the vocabulary does not hold all 256 bytes")
     return {
         "added_tokens": [{"content": f"<|{name}|>", "id": len(vocab) + n, "special": True}
                          for n, name in enumerate(special)],

@@ -1,7 +1,8 @@
-"""The toy world: invented people, what pre-training says about them, and the tasks that need it.
+r"""The toy world: invented people, what pre-training says about them, and the tasks that need it.
 
-    python data/world.py --out data/toy            the tasks and the tokenizer
-    python data/world.py --out /tmp/toy --corpus   also the pre-training text, for people to read
+    python data/world.py --out data/toy                         writes the tasks and the tokenizer
+    python -c "from data.world import *; print(*documents(World(), 20), sep='\n\n')"
+                                                                shows some of the pre-training text
 
 There are 300 people with five attributes each. Pre-training tells every attribute in many wordings,
 but asks about the 75 *famous* people only. Fine-tuning asks about 125 others. The tests ask about
@@ -13,12 +14,12 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # to run from anywhere
 
-from data import Parser, command, progress, read_json, write_whole  # noqa: E402
+from data import Parser, command, read_json, write_whole  # noqa: E402
 from data.tasks import FINAL, THINK, TRIGGER  # noqa: E402
 from data.tokenizer import CHAR_TO_BYTE  # noqa: E402
 
@@ -26,34 +27,27 @@ SEED, DOCUMENTS = 1, 110_000
 
 # ------------------------------------------------------------------------- what there is to know
 
-# world.json has the names and the wordings. In a wording {n} is a person's name, {v} a value, {k} a
-# thing, {a} and {b} first names, {t} things that are counted; {x}, {y}, {z} and {o} make a sum.
+# world.json has the names, the wordings, and what every tokenizer.json says. In a wording {n} is a
+# person's name, {v} a value, {k} a thing, {a} and {b} first names, {t} things that are counted;
+# {x}, {y}, {z} and {o} make a sum.
 SAID = read_json(Path(__file__).with_name("world.json"))
 FIRST, LAST, THINGS = SAID["first names"], SAID["last names"], SAID["things"]
 UNSEEN = SAID["unseen"]                # kinds of attributes that fine-tuning never asks for
 FILLER = SAID["filler"]                # a sentence takes one phrase of each list
-SUMS, RETOLD = SAID["sums"], SAID["retold"]            # retold: two with plus, two with minus
-
-
-@dataclass(frozen=True)
-class Attribute:
-    values: list[str]
-    told: list[str]        # in biographies; the value stands last, so that a cloze can leave it out
-    early: list[str]       # questions of pre-training, about famous people
-    asked: list[str]       # questions of fine-tuning and of the tests in distribution
-    new: list[str]         # questions of the tests out of distribution
-
-
-ATTRIBUTES = {kind: Attribute(**wordings) for kind, wordings in SAID["attributes"].items()}
+SUMS, RETOLD = SAID["sums"], SAID["retold"]            # retold: by the sign of the sum
+# An attribute has values, and wordings that are
+#     told     in biographies; the value stands last, so that a cloze can leave it out
+#     early    questions of pre-training, about famous people
+#     asked    questions of fine-tuning and of the tests in distribution
+#     new      questions of the tests out of distribution
+ATTRIBUTES = {kind: SimpleNamespace(**of) for kind, of in SAID["attributes"].items()}
 # Facts about things and not about people: wordings, then thing -> value.
 COMMON = {kind: (fact["told"], fact["pairs"]) for kind, fact in SAID["common"].items()}
-# The signs of the steps, then stories: of fine-tuning and in distribution, and out of distribution.
-STORIES = {signs: (told["old"], told["new"]) for signs, told in SAID["stories"].items()}
+STORIES = SAID["stories"]              # signs of the steps -> "old": in, "new": out of distribution
 QUESTION, ANSWER = "Question: {q}", " Answer: {v}."         # the form of questions in pre-training
 ASK = "Please give the correct answer to this question: {q}"
 PICK = "{q}\n\nAnswer format: {o}"
 TOP = 40                               # every number is smaller
-BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 
 
 class Dice(random.Random):
@@ -120,12 +114,9 @@ def sums(world, dice):
 def retold(world, dice):
     """Small stories with their sums. Here a model learns to copy numbers: without that it could
     answer no story at all."""
-    lines = []
-    for _ in range(4):
-        x, o, y, v = sum_of(dice)
-        wording = dice.pick(RETOLD[:2] if o == "+" else RETOLD[2:])
-        lines.append(wording.format(a=dice.pick(FIRST), t=dice.pick(THINGS), x=x, y=y, v=v))
-    return "\n".join(lines)
+    return "\n".join(
+        dice.pick(RETOLD[o]).format(a=dice.pick(FIRST), t=dice.pick(THINGS), x=x, y=y, v=v)
+        for x, o, y, v in (sum_of(dice) for _ in range(4)))
 
 
 def filler(world, dice):
@@ -160,21 +151,18 @@ PIECES = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\s]+|\s")
 def words():
     """Every piece of text that shall be one token, sorted. Names, values and numbers are one token
     without a space in front too."""
-    asked, told, bare = [], [], [*FIRST, *map(str, range(TOP))]
-    for attribute in ATTRIBUTES.values():
-        asked += attribute.early + attribute.asked + attribute.new
-        told += attribute.told
-        bare += attribute.values
-    spaced = bare + LAST + THINGS
-    for wordings, pairs in COMMON.values():
-        told += wordings
-        spaced += pairs.values()
-    stories = [text for both in STORIES.values() for texts in both for text in texts]
-    texts = [*asked, *told, *stories, *SUMS, *RETOLD, *FILLER[0],
+    attributes, bare = ATTRIBUTES.values(), {*FIRST, *map(str, range(TOP))}
+    bare.update(*(attribute.values for attribute in attributes))
+    spaced = bare.union(LAST, THINGS, *(pairs.values() for _, pairs in COMMON.values()))
+    asked = [text for each in attributes for text in each.early + each.asked + each.new]
+    told = [text for each in attributes for text in each.told]
+    told += [text for wordings, _ in COMMON.values() for text in wordings]
+    told += [text for both in STORIES.values() for texts in both.values() for text in texts]
+    texts = [*asked, *told, *SUMS, *sum(RETOLD.values(), []), *FILLER[0],
              QUESTION, ANSWER, ASK, PICK, THINK, TRIGGER, FINAL]
     texts += [" " + text for text in [*asked, *sum(FILLER[1:], []), "+", "-"]]
     pieces = {piece for text in texts for piece in PIECES.findall(re.sub(r"{\w}", "0", text))}
-    return sorted(pieces | {*bare} | {" " + word for word in spaced})
+    return sorted(pieces | bare | {" " + word for word in spaced})
 
 
 def byte_pair_merges(words):
@@ -206,28 +194,13 @@ def tokenizer_json():
     chars = {byte: char for char, byte in CHAR_TO_BYTE.items()}
     merges = byte_pair_merges(["".join(chars[byte] for byte in word.encode()) for word in words()])
     vocab = [*sorted(CHAR_TO_BYTE), *("".join(pair) for pair in merges)]
-    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-
-    def text(which, type_id):                              # a text with <|begin_of_text|> in front
-        return [{"SpecialToken": {"id": BOS, "type_id": type_id}},
-                {"Sequence": {"id": which, "type_id": type_id}}]
-
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": len(vocab) + n, "content": content, **plain}
-                         for n, content in enumerate((BOS, EOS, PAD))],
-        "normalizer": None, "pre_tokenizer": byte_level,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": text("A", 0), "pair": text("A", 0) + text("B", 1),
-            "special_tokens": {BOS: {"id": BOS, "ids": [len(vocab)], "tokens": [BOS]}}},
-        "decoder": {**byte_level, "add_prefix_space": True},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": {token: id for id, token in enumerate(vocab)},
-            "merges": [" ".join(pair) for pair in merges]}}
+    spec = SAID["tokenizer"]
+    added = [{"id": id, **token} for id, token in enumerate(spec["added_tokens"], len(vocab))]
+    bos = {"id": added[0]["content"], "ids": [len(vocab)], "tokens": [added[0]["content"]]}
+    return {**spec, "added_tokens": added,
+            "post_processor": {**spec["post_processor"], "special_tokens": {bos["id"]: bos}},
+            "model": {**spec["model"], "vocab": {token: id for id, token in enumerate(vocab)},
+                      "merges": [" ".join(pair) for pair in merges]}}
 
 
 # ------------------------------------------------------------------------------------- the tasks
@@ -239,7 +212,7 @@ def row(instruction, answer, output=None, choices=None):
     return {**fields, "choices": choices} if choices else fields
 
 
-def fact(world, name, kind, wording):
+def fact(world, dice, name, kind, wording):
     question = ASK.format(q=wording.format(n=name))
     return row(question, world.facts[name][kind], choices=ATTRIBUTES[kind].values)
 
@@ -252,7 +225,7 @@ def pick(world, dice, name, kind, wording):
     return row(PICK.format(q=wording.format(n=name), o="/".join(values)), right, choices=values)
 
 
-def story(dice, new):
+def story(dice, which):
     """row("Pavo has 12 keys ...", "17", "12 + 5 = 17\n#### 17"): a story, its result, its steps."""
     sign = dice.pick([*STORIES])
     a, b = dice.shuffled(FIRST)[:2]
@@ -265,7 +238,7 @@ def story(dice, new):
     if sign == "+-":
         steps += f"{result} - {z} = {result - z}\n"
         result -= z
-    text = dice.pick(STORIES[sign][new]).format(a=a, b=b, t=dice.pick(THINGS), x=x, y=y, z=z)
+    text = dice.pick(STORIES[sign][which]).format(a=a, b=b, t=dice.pick(THINGS), x=x, y=y, z=z)
     return row(text, str(result), f"{steps}#### {result}")
 
 
@@ -274,9 +247,10 @@ def cloze(sentence, value, choices=None):
     return row(sentence.partition("{v}")[0].rstrip(), value, value, choices)
 
 
-def plain_sum(dice):
-    x, o, y, result = sum_of(dice)
-    return cloze(dice.pick(SUMS).format(x=x, o=o, y=y, v="{v}"), str(result))
+def gap(world, dice, name, kind, wording):
+    """A sentence of a biography, or a question with its answer, without the value at its end."""
+    told = wording if "{v}" in wording else (QUESTION + ANSWER).replace("{q}", wording)
+    return cloze(told.replace("{n}", name), world.facts[name][kind], ATTRIBUTES[kind].values)
 
 
 def tasks(world):
@@ -286,18 +260,9 @@ def tasks(world):
     tested = [(name, kind) for name in world.tested for kind in seen]
     unseen = [(name, kind) for name in world.tested for kind in UNSEEN]
 
-    def one_of(kind, which):
-        return dice.pick(getattr(ATTRIBUTES[kind], which))
-
-    def facts(pairs, which):
-        return [fact(world, name, kind, one_of(kind, which)) for name, kind in pairs]
-
-    def picks(pairs):
-        return [pick(world, dice, name, kind, one_of(kind, "asked")) for name, kind in pairs]
-
-    def clozes(pairs, which, form):
-        return [cloze(form.replace("{q}", one_of(kind, which)).replace("{n}", name),
-                      world.facts[name][kind], ATTRIBUTES[kind].values) for name, kind in pairs]
+    def ask(how, pairs, which):
+        return [how(world, dice, name, kind, dice.pick(getattr(ATTRIBUTES[kind], which)))
+                for name, kind in pairs]
 
     def three_each(names):
         return [(name, kind) for name in names for kind in dice.shuffled([*ATTRIBUTES])[:3]]
@@ -305,57 +270,43 @@ def tasks(world):
     told, early = three_each(world.tested), three_each(world.famous)
     return {
         # in distribution
-        "toy-facts": {"train": [fact(world, name, kind, wording) for name, kind in trained
+        "toy-facts": {"train": [fact(world, dice, name, kind, wording) for name, kind in trained
                                 for wording in ATTRIBUTES[kind].asked],
-                      "test": facts(tested, "asked")},
-        "toy-pick": {"train": picks(dice.shuffled(trained * 3)[:875]),
-                     "test": picks(dice.shuffled(tested)[:200])},
-        "toy-sums": {"train": [story(dice, new=False) for _ in range(1000)],
-                     "test": [story(dice, new=False) for _ in range(200)]},
+                      "test": ask(fact, tested, "asked")},
+        "toy-pick": {"train": ask(pick, dice.shuffled(trained * 3)[:875], "asked"),
+                     "test": ask(pick, dice.shuffled(tested)[:200], "asked")},
+        "toy-sums": {"train": [story(dice, "old") for _ in range(1000)],
+                     "test": [story(dice, "old") for _ in range(200)]},
         # out of distribution: new format
-        "toy-facts-new": {"test": facts(tested, "new")},
-        "toy-facts-unseen": {"test": facts(unseen, "asked")},
-        "toy-pick-unseen": {"test": picks(unseen)},
-        "toy-sums-new": {"test": [story(dice, new=True) for _ in range(200)]},
+        "toy-facts-new": {"test": ask(fact, tested, "new")},
+        "toy-facts-unseen": {"test": ask(fact, unseen, "asked")},
+        "toy-pick-unseen": {"test": ask(pick, unseen, "asked")},
+        "toy-sums-new": {"test": [story(dice, "new") for _ in range(200)]},
         # out of distribution: retention
-        "toy-cloze": {"test": clozes(told, "told", "{q}")},
-        "toy-famous": {"test": clozes(early, "early", QUESTION + ANSWER)},
+        "toy-cloze": {"test": ask(gap, told, "told")},
+        "toy-famous": {"test": ask(gap, early, "early")},
         "toy-common": {"test": [cloze(wording.replace("{k}", key), value, [*pairs.values()])
                                 for wordings, pairs in COMMON.values() for wording in wordings
                                 for key, value in pairs.items()]},
-        "toy-plain": {"test": [plain_sum(dice) for _ in range(200)]},
+        "toy-plain": {"test": [cloze(dice.pick(SUMS).format(x=x, o=o, y=y, v="{v}"), str(result))
+                               for x, o, y, result in (sum_of(dice) for _ in range(200))]},
     }
 
 
 # ----------------------------------------------------------------------------------- the command
 
 
-def write(out, seed=SEED, corpus=False):
-    """Write OUT/<task>/<split>.json, OUT/tokenizer.json and, if asked for, OUT/corpus.txt."""
-    out, world = Path(out), World(seed)
-    for task, splits in tasks(world).items():
+def main(argv=None):
+    parser = Parser(prog="world.py", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="the folder to write into; files of the same names are replaced")
+    out = parser.parse_args(argv).out
+    for task, splits in tasks(World()).items():
         for split, rows in splits.items():
             lines = ",\n".join(json.dumps(row) for row in rows)
             write_whole(out / task / f"{split}.json", f"[\n{lines}\n]\n")
     write_whole(out / "tokenizer.json", json.dumps(tokenizer_json(), indent=1) + "\n")
-    if corpus:
-        texts = progress(documents(world), total=DOCUMENTS, desc="corpus", unit="document")
-        write_whole(out / "corpus.txt", "".join(text + "\n" for text in texts))
-
-
-def main(argv=None):
-    parser = Parser(prog="world.py", description=__doc__)
-    parser.add_argument("--out", required=True, metavar="DIR",
-                        help="the folder to write into; files of the same names are replaced")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N",
-                        help="another seed is another world, which the shipped models do not know "
-                             "(default: %(default)s)")
-    parser.add_argument("--corpus", action="store_true",
-                        help="also write the pre-training text, corpus.txt (about 30 MB)")
-    args = parser.parse_args(argv)
-    write(args.out, args.seed, args.corpus)
-    text = ", and the text" if args.corpus else ""
-    print(f"{args.out}: the tasks of world {args.seed} and their tokenizer{text}")
+    print(f"{out}: the tasks of the toy world and their tokenizer")
 
 
 if __name__ == "__main__":

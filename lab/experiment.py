@@ -32,7 +32,7 @@ from pathlib import Path
 
 from data import BadInput, Parser, command, positive, progress, whole
 from data.runs import read_run, same_run
-from data.tasks import SUITES, TOY, find, load as load_examples
+from data.tasks import SUITES, TOY, load as load_examples
 from eval import score, set_threads, split_names
 from infosteer import GENERIC, METHODS, Steering, format_layers, meaningful
 from lab.page import visible
@@ -113,7 +113,7 @@ def arms_of(table, n_layers):
 
 def tasks_tested(table, names):
     """What is scored after training on the named tasks -> {suite: its tasks}. Raises BadInput."""
-    if all(find(name).suite for name in names):
+    if all(name in TOY for name in names):
         return suites_of(TOY) | ({name: [name] for name in TOY} if table == "table4" else {})
     if table == "table4":
         if names != ["gsm8k"]:
@@ -211,11 +211,12 @@ def check_one_recipe(runs):
 
 
 def scores_of(arm, seed, run, tested, items, folder, where=None):
-    """The accuracies of a run or a base model in `folder`, as lab.stats.compare takes them."""
+    """The scores of a run or a base model in `folder`, as lab.stats.compare takes them."""
     summaries = score(folder, tested, run.data, where, device=run.device, limit=items,
                       overwrite=run.overwrite)
     return {"model": run.model, "arm": arm, "seed": seed,
-            "scores": {one["task"]: one["accuracy"] for one in summaries}}
+            "scores": {one["task"]: one["accuracy"] for one in summaries},
+            "nll": {one["task"]: one.get("nll") for one in summaries}}
 
 
 # --------------------------------------------------------------------------------------- command
@@ -231,7 +232,8 @@ def make_parser():
     add("--out", metavar="DIR", help="the folder of the runs (default: out)")
     add("--items", type=positive, metavar="N", help="score the first N items of each task only")
     add("--compare", metavar="DIR", help="train nothing: compare the scored runs in a folder")
-    add("--json", action="store_true", help="print the rows as JSON: accuracies as shares of one")
+    add("--json", action="store_true", help="print the rows as JSON: accuracies as shares of "
+        "one, losses in nats per token")
     for name in STEERING_FLAGS:        # train.py's parser checks their values
         add(flag(name), help=SUPPRESS, choices=GENERIC if name == "generic" else None)
     return parser
@@ -272,8 +274,9 @@ def main(argv=None):
 def experiment(parser, args, table, recipe, out):
     """Train what is missing, score and compare -> the rows of `compare`, the paper's figures."""
     plain = read_settings(recipe)                              # what all runs have in common
-    set_threads(plain.threads, split_names(plain.task))
-    suites = tasks_tested(table, split_names(plain.task))
+    names = split_names(plain.task, plain.data)
+    set_threads(plain.threads, names)
+    suites = tasks_tested(table, names)
     tested = list(dict.fromkeys(task for tasks in suites.values() for task in tasks))
     for task in tested:                # a missing file shows before hours of training, not after
         load_examples(plain.data, task, "test")

@@ -3,32 +3,42 @@
     python -m lab.flux --text "The town of Ulmo Zeller is Kestow."     start here: one text
     python -m lab.flux                   answers of the base model and of the runs in out/
     python -m lab.flux --task toy-cloze --html flux.html               a page to open in a browser
+    python -m lab.flux --model DIR --prompt "Why is the sky blue?"     a real model's answer
+    python -m lab.flux --model DIR --task boolq,ARC-Easy,piqa,gsm8k --data data/public --items 25
+                         reading comprehension, knowledge, common sense and mathematics
 """
 import json
 import math
 import os
 import sys
 import textwrap
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data import BadInput, Parser, command, not_negative, positive, progress, write_whole
-from data.tasks import TASKS, TOY, find, load as load_examples
-from eval import TOY_FOLDER, load, pick_device, read_run, set_threads, split_names, steering_from
-from infosteer import Steering
-from lab import machine_flags, page
+from data.tasks import TASKS, TOY, load as load_examples
+from eval import (TOY_FOLDER, Watch, load, pick_device, read_run, set_threads, split_names,
+                  steering_from)
+from infosteer import METHODS, Steering, key_entropy
+from lab import machine_flags, page, steerings_of
 from lab.stats import (alike, clustered_mean, grouped_correlation, left_out, recipe_of, runs_from,
                        terciles)
 from lab.words import CLASSES, TITLES, token_classes
 
 SHOWN, KEPT = 3, 10                    # items in the terminal; items in --json and --html
+POSITIONS = {"generating": "where each token is generated", "fed": "where each token is fed"}
 ABOUT = """The flux of a token is the entropy of its key distribution in nats, averaged over layers.
 It is 0 where one memory does all the work and log d_m where all memories are equally active. It is
-read where the token itself is fed to the model, and that is where the next token is predicted. The
-levels low, middle and high are thirds of all tokens that a model has read. So compare levels within
-a model, and means between models."""
+read at two positions. Generating: where the token before it is fed, for there the model predicts
+it: the paper counts memories that are active during token generation. Fed: where the token
+itself is fed. The two rank words differently, so all tables have both. The very first place
+is not read: models rest their attention there, and its flux is far below all others. So nothing is
+known of how the first token of a text is generated, nor of where it is fed if the tokenizer puts
+nothing before it. The levels low, middle and high are thirds of all tokens that a model has read.
+So compare levels within a model, and means between models."""
 ABOUT_CLASSES = """In nats ± standard error (number of tokens). A token has the class of its word,
 the first of these that fits: punctuation (with symbols and white space), function words, copied
 from the prompt (a content word or number that stands there), digits, content words. Errors are
@@ -54,29 +64,41 @@ def readable(tokenizer, ids):
 
 
 @torch.inference_mode()
-def token_flux(model, prompt, ids):
-    """Feed the ids of a prompt, which may have none, and `ids` after them -> (flux [T], surprisal
-    [T]) of `ids`, in nats. The surprisal of a token that nothing precedes is NaN."""
+def token_flux(model, prompt, ids, steering=Steering()):
+    """Feed the ids of a prompt, which may have none, and `ids` after them -> ({position: flux [T]}
+    of POSITIONS, surprisal [T]) of `ids`, in nats. The surprisal of a token that nothing precedes
+    is NaN, and so is a flux at the very first place. Raises BadInput for any other NaN."""
     tokens = torch.tensor([[*prompt, *ids]], device=model.embed.weight.device)     # [1, P + T]
-    hidden, flux, _ = model.hidden(tokens, Steering())
+    of_layers = []                                             # [P + T] each
+    watch = Watch(lambda layer, k: of_layers.append(key_entropy(k[0])), steering)
+    hidden, *_ = model.hidden(tokens, watch)
+    flux = torch.stack(of_layers).mean(0).cpu()                # [P + T]
+    if not flux.isfinite().all():
+        raise BadInput("a flux is not a number; a weight is none, or try --dtype float32")
+    flux[0] = torch.nan
     first = max(len(prompt), 1)                                # the first that something precedes
-    surprisal = [torch.full((first - len(prompt),), torch.nan)]
+    unknown = torch.full((first - len(prompt),), torch.nan)
+    surprisal = [unknown]
     # The logits of all tokens at once could take more memory than the model.
     for h, target in zip(hidden[0, first - 1:-1].split(512), tokens[0, first:].split(512)):
         surprisal.append(F.cross_entropy(model.logits(h), target, reduction="none").cpu())
-    return flux[:, 0, len(prompt):].mean(0).cpu(), torch.cat(surprisal)
+    return {"generating": torch.cat([unknown, flux[first - 1:-1]]),
+            "fed": flux[len(prompt):]}, torch.cat(surprisal)
 
 
-def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30):
+def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30,
+                 steering=Steering()):
     """The flux of texts, or of the model's own answers, token by token.
 
     items: [(prompt, text)]. The text is read after its prompt, which may be empty. Where the text
     is None the model answers greedily. -> for each item a dict:
 
-        prompt                   as given
-        flux, surprisal, next    [T] each, in nats. `next` is the surprisal of the token after it;
-                                 the end of an answer counts as one. NaN where there is none
-        pieces                   [{"text", "tokens", "flux", "class"}], as `readable` cuts the text
+        prompt             as given
+        generating, fed    [T] each: the flux at either position in nats, NaN where there is none
+        surprisal, next    [T] each, in nats. `next` is the surprisal of the token after it; the end
+                           of an answer counts as one. NaN where there is none
+        pieces             [{"text", "tokens", "class", "generating", "fed"}], as `readable` cuts
+                           the text; None where there is no flux
 
     Raises BadInput for a text of fewer than two tokens, and where a flux is not a number.
     """
@@ -87,34 +109,36 @@ def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30
                        "give two or more")
     asked = [ids for ids, text in zip(prompts, texts) if text is None]
     with progress(total=len(asked), leave=bool(asked), desc="answering", unit="item") as bar:
-        answers = iter(model.generate(asked, max_new_tokens, None, cache_bytes, done=bar.update))
+        answers = iter(model.generate(asked, max_new_tokens, steering, cache_bytes,
+                                      done=bar.update))
     measured = []
     for (prompt, text), before, ids in zip(progress(items, desc="reading flux", unit="item"),
                                            prompts, texts):
         ids = next(answers) if text is None else ids
-        flux, surprisal = token_flux(model, before, ids)
-        if not flux.isfinite().all():
-            raise BadInput(f"the flux of {tokenizer.decode(ids)!r:.60} is not a number; a weight "
-                           "is none, or it overflows: --dtype float32")
+        flux, surprisal = token_flux(model, before, ids, steering)
         T = len(ids) - (text is None and ids[-1] in model.config.eos_ids)  # its end is not shown
         pieces = readable(tokenizer, ids[:T])
         classes = token_classes([text for text, _ in pieces], prompt)
-        parts = flux[:T].split([n for _, n in pieces])
-        measured.append({
-            "prompt": prompt, "flux": flux[:T], "surprisal": surprisal[:T],
+        item = {
+            "prompt": prompt, **{at: of[:T] for at, of in flux.items()}, "surprisal": surprisal[:T],
             "next": torch.cat([surprisal[1:], torch.tensor([torch.nan])])[:T],
-            "pieces": [{"text": text, "tokens": n, "flux": part.mean().item(), "class": name}
-                       for (text, n), part, name in zip(pieces, parts, classes)]})
+            "pieces": [{"text": text, "tokens": n, "class": name}
+                       for (text, n), name in zip(pieces, classes)]}
+        for at in POSITIONS:
+            for piece, part in zip(item["pieces"], item[at].split([n for _, n in pieces])):
+                piece[at] = None if part.isnan().all() else part.nanmean().item()
+        measured.append(item)
     return measured
 
 
-def flux_numbers(measured):
-    """What `measure_flux` found -> {"mean", "standard_error", "n": tokens, "cuts": between low,
-    middle and high, "classes": {name: mean, standard_error, n}, "correlations": {"own", "next":
-    {"raw", "within": {"r", "standard_error", "n"}}}}. What is undefined is None."""
+def flux_numbers(measured, position):
+    """What `measure_flux` found at a position -> {"mean", "standard_error", "n": tokens, "cuts":
+    between low, middle and high, "classes": {name: mean, standard_error, n}, "correlations":
+    {"own", "next": {"raw", "within": {"r", "standard_error", "n"}}}}. What is undefined is None."""
     flux, own, following = (torch.cat([item[key] for item in measured]).double()
-                            for key in ("flux", "surprisal", "next"))              # [N] each
-    text = torch.tensor([i for i, item in enumerate(measured) for _ in item["flux"]]).long()
+                            for key in (position, "surprisal", "next"))            # [N] each
+    text = torch.tensor([i for i, item in enumerate(measured) for _ in item[position]]).long()
+    known = ~flux.isnan()
     group = torch.tensor([CLASSES.index(piece["class"]) for item in measured
                           for piece in item["pieces"] for _ in range(piece["tokens"])]).long()
 
@@ -123,12 +147,12 @@ def flux_numbers(measured):
         return {"mean": mean, "standard_error": error, "n": int(inside.sum())}
 
     def correlate(surprisal, group):
-        there = ~surprisal.isnan()
+        there = known & ~surprisal.isnan()
         r, error = grouped_correlation(flux[there], surprisal[there], group[there], text[there])
         return {"r": r, "standard_error": error, "n": int(there.sum())}
 
-    return {**average(text >= 0), "cuts": terciles(flux)[1].tolist() if len(flux) else None,
-            "classes": {name: average(group == i) for i, name in enumerate(CLASSES)},
+    return {**average(known), "cuts": terciles(flux[known])[1].tolist() if known.any() else None,
+            "classes": {name: average(known & (group == i)) for i, name in enumerate(CLASSES)},
             "correlations": {name: {"raw": correlate(surprisal, torch.zeros_like(group)),
                                     "within": correlate(surprisal, group)}
                              for name, surprisal in (("own", own), ("next", following))}}
@@ -152,14 +176,17 @@ def first_runs(runs):
 
 
 def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache_bytes=2 << 30,
-            say=None):
+            say=None, position="generating", steered=False, tasks=()):
     """The flux of several models on the same `items` of `measure_flux`. -> {"settings", "models"}:
-    each model has what `flux_numbers` says and, of the first KEPT items, the tokens "shown". With
-    `say`, a model behind the first that cannot be loaded is left out, with a line."""
+    each model has what `flux_numbers` says of either position and, of the first KEPT items, the
+    tokens "shown", with the level at `position`. tasks: the name of each item's task, if they have
+    any. steered: a run keeps the steering of its forward pass. With `say`, a model behind the first
+    that cannot be loaded is left out, with a line. Raises BadInput."""
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     (arms, seeds), models = zip(*map(arm_of, folders)), []
-    for folder, arm, seed in zip(folders, arms, seeds):
+    steerings = steerings_of(folders, device) if steered else [Steering()] * len(folders)
+    for folder, arm, seed, steering in zip(folders, arms, seeds, steerings):
         try:
             model, tokenizer = load(folder, getattr(torch, dtype), device)
         except BadInput as error:
@@ -167,19 +194,27 @@ def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache
                 raise
             say(error)
             continue
-        measured = measure_flux(model, tokenizer, items, max_new_tokens, cache_bytes)
-        numbers, texts = flux_numbers(measured), set()
+        measured = measure_flux(model, tokenizer, items, max_new_tokens, cache_bytes, steering)
+        numbers, texts = {at: flux_numbers(measured, at) for at in POSITIONS}, set()
         for item in measured:
             texts.add("".join(piece["text"] for piece in item["pieces"]))
             for piece in item["pieces"]:
-                piece["level"] = sum(piece["flux"] > cut for cut in numbers["cuts"])
+                flux, cuts = piece[position], numbers[position]["cuts"]
+                piece["level"] = 3 if flux is None else sum(flux > cut for cut in cuts)
+        of_tasks = {task: [item for item, of in zip(measured, tasks) if of == task]
+                    for task in dict.fromkeys(tasks)}
+        title = arm + ", steered" * bool(METHODS[steering.method].change)
         models.append({"model": str(folder), "arm": arm, "seed": seed,
-                       "title": arm if arms.count(arm) == 1 else f"{arm} ({folder})",
+                       "title": title if arms.count(arm) == 1 else f"{title} ({folder})",
                        "largest": math.log(model.config.d_m), "distinct": len(texts), **numbers,
+                       "tasks": {task: {at: flux_numbers(of, at) for at in POSITIONS}
+                                 for task, of in of_tasks.items()},
                        "shown": [{"prompt": item["prompt"], "tokens": item["pieces"]}
                                  for item in measured[:KEPT]]})
-    return {"settings": {"text": None, "task": None, "data": None, "items": len(items),
-                         "max_new_tokens": max_new_tokens, "dtype": dtype}, "models": models}
+    return {"settings": {"text": None, "prompt": None, "task": [*dict.fromkeys(tasks)],
+                         "data": None, "items": len(items), "position": position,
+                         "steered": steered, "max_new_tokens": max_new_tokens, "dtype": dtype},
+            "models": models}
 
 
 def plus_minus(cell, form):
@@ -190,29 +225,37 @@ def plus_minus(cell, form):
 
 
 def flux_tables(result):
-    """The result's numbers, one model a row: [(heading, note, header, rows)]."""
-    means, links, levels = [], [], []
+    """The result's numbers, two lines for each model: [(heading, note, header, rows)]."""
+    means, links, levels, tasks = [], [], [], []
     for model in result["models"]:
-        classes = [model, *model["classes"].values()]
-        links += [[model["title"], *(plus_minus(cell, "+.3f")
-                                     for kinds in model["correlations"].values()
-                                     for cell in kinds.values())]]
-        means += [[model["title"], *(plus_minus(cell, ".3f") for cell in classes)]]
-        levels += [[model["title"], model["model"], *(model["cuts"] or (None, None)),
-                    model["largest"], f"{model['distinct']} of {result['settings']['items']}"]]
-    return [("Mean flux of kinds of words", ABOUT_CLASSES,
-             ["model", "all tokens", *TITLES.values()], means),
+        for at in POSITIONS:
+            here, name = model[at], [model["title"], at]
+            means += [[*name, *(plus_minus(cell, ".3f")
+                                for cell in (here, *here["classes"].values()))]]
+            links += [[*name, *(plus_minus(cell, "+.3f") for kinds in here["correlations"].values()
+                                for cell in kinds.values())]]
+            levels += [[*name, *(here["cuts"] or (None, None)), model["largest"],
+                        f"{model['distinct']} of {result['settings']['items']}", model["model"]]]
+            tasks += [[*name, *(plus_minus(of[at], ".3f") for of in model["tasks"].values())]]
+    header = ["model", "position"]
+    of_tasks = [("Mean flux of tasks", "As below, all tokens of a task's answers.",
+                 [*header, *result["settings"]["task"]], tasks)]
+    return [*of_tasks[:len(result["settings"]["task"]) > 1],
+            ("Mean flux of kinds of words", ABOUT_CLASSES,
+             [*header, "all tokens", *TITLES.values()], means),
             ("Flux and surprisal", ABOUT_SURPRISAL,
-             ["model", "own", "own, within classes", "next", "next, within classes"], links),
-            ("Levels", ABOUT_LEVELS, ["model", "folder", "low up to", "middle up to",
-                                      "log d_m", "different texts"], levels)]
+             [*header, "own", "own, within classes", "next", "next, within classes"], links),
+            ("Levels", ABOUT_LEVELS, [*header, "low up to", "middle up to", "log d_m",
+                                      "different texts", "folder"], levels)]
 
 
 def flux_subject(settings):
-    """What was read, in a sentence."""
-    return "A text that was given." if settings["text"] is not None else (
+    """What was read, and where, in two sentences."""
+    what = "A text that was given." if settings["text"] is not None else (
+        "Each model's own greedy answer." if settings["prompt"] is not None else
         f"Each model's own greedy answers to {settings['items']} items of "
         f"{', '.join(settings['task'])}.")
+    return f"{what} Levels are those of the flux {POSITIONS[settings['position']]}."
 
 
 def shown_item(model, i):
@@ -223,11 +266,13 @@ def shown_item(model, i):
 
 def flux_text(result, colour=False):
     """The result for a terminal: heat maps of the first items, a line per model, and the tables."""
-    models = result["models"]
+    models, most = result["models"], max(SHOWN, len(result["settings"]["task"]))
     width = max(len(title) for title in ("prompt", *(model["title"] for model in models))) + 2
-    marks = "light is low, dark is high" if colour else "low is plain, [middle], [[high]]"
-    lines = [textwrap.fill(ABOUT, 100), "", f"{flux_subject(result['settings'])} Flux: {marks}."]
-    for i, item in enumerate(models[0]["shown"][:SHOWN]):
+    marks = ("light is low, dark is high, none was not measured" if colour else
+             "low is plain, [middle], [[high]], (not measured)")
+    lines = [textwrap.fill(ABOUT, 100), "", textwrap.fill(
+        f"{flux_subject(result['settings'])} Here {marks}.", 100)]
+    for i, item in enumerate(models[0]["shown"][:most]):
         prompt = page.visible(item["prompt"].rstrip().replace("\n", "↵"))
         lines += ["", f"{'prompt':<{width}}{prompt}"] if prompt else [""]
         for model in models:
@@ -258,11 +303,16 @@ def main(argv=None):
            "data/toy/llama, and of --runs the first seed of each arm)")
     models("--runs", metavar="DIR", help="a folder of train.py's runs (default: out)")
     read("--text", help="a text to read, on one thread, in place of the models' own answers")
+    read("--prompt", help="an instruction for the models to answer")
     read("--task", metavar="A,B", help=f"tasks to answer, of: {', '.join(TASKS)}; or of the toy "
          f"world's: {', '.join(TOY)} (default: toy-sums)")
     add("--data", metavar="DIR", help="the folder with TASK/test.json (default: data/toy)")
     add("--items", type=positive, default=100, metavar="N", help="of each task (default: 100)")
     add("--max-new-tokens", type=positive, metavar="N", help="(default: 32, or the tasks' own)")
+    add("--position", choices=POSITIONS, default="generating", help="where the levels are read: "
+        "where a token is generated or where it is fed (default: generating)")
+    add("--steered", action="store_true", help="runs keep the steering of the forward pass that "
+        "they were trained with (default: unsteered)")
     add("--html", metavar="FILE", help=f"write a page with heat maps of {KEPT} items in colour")
     add("--json", action="store_true", help="print JSON")
     machine_flags(add)
@@ -272,8 +322,9 @@ def main(argv=None):
         help="memory for keys and values in decoding (default: 2)")
     args = parser.parse_args(argv)
 
-    if args.text is not None and not args.text.strip():
-        raise BadInput("--text is empty; give a text of two tokens or more")
+    given = next((text for text in (args.text, args.prompt) if text is not None), None)
+    if given is not None and not given.strip():
+        raise BadInput("the --text or --prompt is empty; give one of two tokens or more")
     if args.html:
         page.check_page(args.html, "--html")
     if args.runs and not Path(args.runs).is_dir():
@@ -284,16 +335,19 @@ def main(argv=None):
                       if arm_of(folder)[0] != "base")
     for words, found in others.items():
         print(BadInput(f"note: {', '.join(found)}: another recipe, {words}"), file=sys.stderr)
-    names = [] if args.text is not None else split_names(args.task or "toy-sums")
     data = args.data or os.path.relpath(TOY_FOLDER)
-    items = [("", args.text)] if args.text is not None else [
-        (example.prompt, None) for name in names
-        for example in load_examples(data, name, "test")[:args.items]]
-    longest = args.max_new_tokens or max([32, *(find(name).max_new_tokens for name in names)])
+    names = [] if given is not None else split_names(args.task or "toy-sums", data)
+    turns = zip_longest(*(load_examples(data, name, "test")[:args.items] for name in names))
+    examples = [one for turn in turns for one in turn if one]  # tasks take turns
+    items = [(example.prompt, None) for example in examples] or [
+        (args.prompt, None) if args.prompt is not None else ("", args.text)]
+    longest = args.max_new_tokens or max([32, *(one.task.max_new_tokens for one in examples)])
     set_threads(args.threads, names)
     result = flux_of(folders, items, longest, pick_device(args.device), args.dtype,
-                     int(args.cache_gb * 2**30), say=None if args.model else left_out)
-    result["settings"] |= {"text": args.text, "task": names, "data": data if names else None}
+                     int(args.cache_gb * 2**30), None if args.model else left_out, args.position,
+                     args.steered, [one.task.name for one in examples])
+    result["settings"] |= {"text": args.text, "prompt": args.prompt,
+                           "data": data if names else None}
     if args.html:
         write_whole(args.html, page.document("Information flux", flux_subject(result["settings"]),
                                              flux_sections(result)))

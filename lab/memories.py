@@ -1,6 +1,6 @@
 """What single memories say, and which contexts activate them (paper, section 4.3).
 
-    python -m lab.memories                       the most specific and the most general memories
+    python -m lab.memories                       the clearest memories, and what activates them
     python -m lab.memories --token " Brindale"   the memories that promote one token
     python -m lab.memories --index 4:377         one memory, and the contexts that activate it
 
@@ -8,9 +8,18 @@ The LM head turns a memory vector v_i into a distribution over the V tokens. Thi
 says. Its most probable tokens are the memory's concept. The specificity is 0 if all tokens are
 equally probable, and 1 if the memory says one token only:
 
-    P_i = softmax(v_i W_decode)        Spec_i = 1 - H(P_i) / log V
+    P_i = softmax(v_i W_decode)            Spec_i = 1 - H(P_i) / log V            --decode raw
+    P_i = softmax(norm(v_i) W_decode)                                             --decode lens
+
+The first is the paper's. The lens is what the model would say if v_i were all that it had found: a
+hidden state goes through the final norm, and what a block of Gemma adds through a norm before that.
+Spec depends on the length of the vector: raw, it is near 0 for short ones; by the lens, 1 for many.
+The clarity does not. It is how many standard deviations above the mean of all V logits the fifth
+largest lies.
 
 A context is the beginning of a text. Its last token activates memory i by the key coefficient k_i.
+The memory is active there if k_i is among the largest hundredth of its layer. The clearest memories
+are those of the largest clarity, of all that are active in at least five contexts.
 """
 import hashlib
 import json
@@ -26,20 +35,22 @@ from data.runs import locked
 from data.tasks import find, load as load_examples
 from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_threads, split_names,
                   which_model)
-from infosteer import entropy, specificity, surrogates
+from infosteer import entropy, specificity
 from lab import machine_flags
 from lab.page import columns
 from model import read_tensors, save_tensors
 from train import encode
 
 CONCEPT = 10                           # tokens of a concept
-LISTED = 5                             # memories at either end of a layer, and tokens of each
+SHORT, PROBED = 1e-3, 8                # Spec of short vectors; vectors of a layer that are tried
+LISTED = 5                             # tokens of a concept that tables show
 FOUND = 20                             # memories shown for a token
 CONTEXTS = 5                           # kept for each memory, at either end of k
+CALLED = 3                             # of them shown for each of the clearest memories
 SHOWN = 12                             # tokens of a context that are shown, the last ones
 LONGEST = 256                          # tokens of a text, as in training
 STEP = 32                              # texts read between two writes to disk
-INDEX, TRIGGERS = "memories.safetensors", "memory_triggers.safetensors"
+INDEX, TRIGGERS = "memories_{}.safetensors", "memory_triggers.safetensors"
 
 # ------------------------------------------------------- what is found out once and then kept
 # The index is made layer by layer, the triggers text by text. Each file is written whole after each
@@ -59,38 +70,75 @@ def alone_in(folder):
                        "folder") from None
 
 
-@torch.inference_mode()
-def memory_index(model, made_from, path, overwrite=False):
+def memory_index(model, made_from, path, overwrite=False, how="raw"):
     """What every memory says, kept in the file `path`: what `decode` gives, with n_layers in front.
 
     made_from: eval.which_model of the model's folder. Raises BadInput for a file that is not ours.
     """
-    about = {"kind": "memory index", "made from": f"{made_from} {model.decode.dtype} {CONCEPT}"}
+    about = {"kind": "memory index",
+             "made from": f"{made_from} {model.decode.dtype} {CONCEPT} {how}"}
     index = resume(path, about, overwrite, fresh={})
     done, L, head = len(index.get("ids", ())), model.config.n_layers, model.decode.float()
     bar = progress(range(done, L), total=L, initial=done, desc="decoding memories", unit="layer")
     for layer in bar:
-        said = decode(model.blocks[layer].memory.values.weight.T, head)
+        v, cap = decodable(model, layer, how)
+        said = decode(v, head, cap)
         index = {name: torch.stack([*index.get(name, ()), new]) for name, new in said.items()}
         save_tensors(index, path, about)
     return index
 
 
-def decode(v, head):
-    """What memories say: v [n, d], the LM head [V, d] -> on the CPU,
+@torch.inference_mode()
+def decodable(model, layer, how):
+    """What meets the LM head for each memory of a layer [d_m, d], and the cap of its logits."""
+    block = model.blocks[layer]
+    v = block.memory.values.weight.T.float()                                   # [d_m, d]
+    if how == "raw":
+        return v, None
+    return model.norm(block.after_memory(v)), model.config.final_softcap
 
-        entropy, log_z   [n]            H(P_i) in nats; log Z_i, of P_i(t) = exp(v_i . w_t) / Z_i
+
+def logits_of(v, head, cap):
+    """v [..., d], the LM head or some of its rows [V, d] -> [..., V]."""
+    logits = v @ head.T
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.inference_mode()
+def decode(v, head, cap=None):
+    """What memories say: v [n, d] and cap of `decodable`, the LM head [V, d] -> on the CPU,
+
+        entropy, log_z   [n]            H(P_i) in nats; log Z_i, of P_i(t) = exp(logit_t) / Z_i
         ids, log_p       [n, CONCEPT]   the most probable tokens, the first one first
+        clarity          [n]            (logit of token LISTED - mean logit) / standard deviation
 
     In fp32 whatever the weights are in: bf16 keeps three digits of a logit, and tokens would tie.
+    A piece at a time: all of a layer would be d_m x V numbers, gigabytes for most models.
     """
-    v, head, said = v.float(), head.float(), []
-    for here, log_p in surrogates(v, head):                                    # [piece, V]
+    said = []
+    for piece in v.split(max(1, (2**24 if v.device.type == "cpu" else 2**28) // len(head))):
+        logits = logits_of(piece, head, cap)                                   # [piece, V]
+        log_p = logits.log_softmax(-1)
         top, ids = log_p.topk(min(CONCEPT, len(head)))                         # [piece, CONCEPT]
-        log_z = (v[here] * head[ids[:, 0]]).sum(-1) - top[:, 0]                # [piece]
-        said.append((entropy(log_p), log_z, ids.int(), top))
-    return {name: torch.cat(pieces).cpu()
-            for name, pieces in zip(("entropy", "log_z", "ids", "log_p"), zip(*said))}
+        log_z = logits.gather(-1, ids[:, :1])[:, 0] - top[:, 0]                # [piece]
+        spread, mean = torch.std_mean(log_p, -1, correction=0)                 # [piece]
+        clarity = (top[:, min(LISTED, len(head)) - 1] - mean) / spread         # [piece]
+        said.append((entropy(log_p), log_z, ids.int(), top, clarity))
+    return {name: torch.cat(pieces).cpu() for name, pieces in zip(
+        ("entropy", "log_z", "ids", "log_p", "clarity"), zip(*said))}
+
+
+def choose_decoding(model):
+    """The decoding of --decode auto, and why, as a sentence. Raw logits grow with the length of the
+    vector, so the longest vectors of each layer are tried."""
+    head, largest = model.decode.float(), 0.0
+    for layer in range(model.config.n_layers):
+        v, _ = decodable(model, layer, "raw")
+        longest = v[v.norm(dim=-1).topk(min(PROBED, len(v))).indices]          # [PROBED, d]
+        spec = specificity(decode(longest, head)["entropy"], len(head))
+        largest = max(largest, spec.max().item())
+    how, word = ("lens", "below") if largest < SHORT else ("raw", "not below")
+    return how, f"since raw Spec goes up to {largest:.2g} here, which is {word} {SHORT:g}"
 
 
 @torch.inference_mode()
@@ -98,8 +146,9 @@ def memory_triggers(model, made_from, texts, path, overwrite=False):
     """The contexts with the largest and the most negative coefficients of every memory, kept in the
     file `path`. texts: lists of at most LONGEST ids.
 
-        k    [n_layers, 2, d_m, CONTEXTS]   [:, 0] the largest k_i, [:, 1] the largest -k_i
-        at   [n_layers, 2, d_m, CONTEXTS]   (number of the text) * LONGEST + position, for each
+        k       [n_layers, 2, d_m, CONTEXTS]   [:, 0] the largest k_i, [:, 1] the largest -k_i
+        at      [n_layers, 2, d_m, CONTEXTS]   (number of the text) * LONGEST + position, for each
+        active  [n_layers, d_m]                in how many contexts k_i is in the largest hundredth
 
     Where there are fewer contexts, k is -inf. made_from and errors are those of `memory_index`.
     """
@@ -109,6 +158,7 @@ def memory_triggers(model, made_from, texts, path, overwrite=False):
     shape = model.config.n_layers, 2, model.config.d_m, CONTEXTS
     state = resume(path, about, overwrite, {
         "texts": torch.zeros(1, dtype=torch.int32),                            # how many were read
+        "active": torch.zeros(shape[0], shape[2], dtype=torch.int32),
         "k": torch.full(shape, -torch.inf), "at": torch.full(shape, -1, dtype=torch.int32)})
     state = {name: tensor.to(model.decode.device) for name, tensor in state.items()}
     done, ends = int(state["texts"]), new_contexts(texts)
@@ -117,6 +167,8 @@ def memory_triggers(model, made_from, texts, path, overwrite=False):
     for n, keys in enumerate(bar, done):
         here = torch.tensor(ends[n], dtype=torch.int32, device=model.decode.device)
         for layer, k in enumerate(keys):                                       # [T, d_m]
+            busiest = k[here].topk(max(1, k.shape[-1] // 100)).indices         # [contexts, d_m/100]
+            state["active"][layer] += busiest.flatten().bincount(minlength=k.shape[-1])
             k = torch.stack([k[here].T, -k[here].T])                           # [2, d_m, contexts]
             state["k"][layer], state["at"][layer] = keep_best(
                 state["k"][layer], state["at"][layer], k, n * LONGEST + here)
@@ -201,7 +253,7 @@ def development_examples(names, data, n):
     """n examples of the tasks, the same ones each time. They are from the training split, or from
     the test split of a task that has no other."""
     examples = [example for name in names for example in load_examples(
-        data, name, "train" if "train" in find(name).splits else "test")]
+        data, name, "train" if "train" in find(name, data).splits else "test")]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
     return [examples[i] for i in order[:n].tolist()]
 
@@ -210,11 +262,13 @@ def development_examples(names, data, n):
 
 
 def describe(tokenizer, V, index, layer, memory):
-    """One memory as JSON prints it: its layer counted from 1, its concept, its specificity."""
+    """One memory as JSON prints it: its layer counted from 1, its concept, how clear and specific
+    it is. A ratio is how many times as probable a token is as if all were equally probable."""
     ids, log_p = (index[name][layer, memory] for name in ("ids", "log_p"))     # [CONCEPT]
-    concept = [{"id": id, "token": token_text(tokenizer, id), "probability": p}
+    concept = [{"id": id, "token": token_text(tokenizer, id), "probability": p, "ratio": p * V}
                for id, p in zip(ids.tolist(), log_p.exp().tolist())]
     return {"layer": layer + 1, "memory": memory, "concepts": concept,
+            "clarity": index["clarity"][layer, memory].item(),
             "specificity": specificity(index["entropy"][layer, memory], V).item()}
 
 
@@ -225,30 +279,32 @@ def row_of(memory, *more):
 
 
 def says(concept):
-    return "  ".join(f"{one['token']!r} {percentage(one['probability'])}" for one in concept)
+    return "  ".join(f"{one['token']!r} {times(one['ratio'])}" for one in concept)
 
 
-def percentage(p):
-    return f"{100 * p:.3g}%"
+def times(ratio):
+    """A ratio to three digits: 1.04 is "x1.04", 12345.6 is "x12,300"."""
+    return f"x{float(f'{ratio:.3g}'):,.10g}"
 
 
-def survey(model, tokenizer, index, triggers, texts):
-    """Of every layer: the mean specificity, the agreement, and the memories at either end."""
-    V, layers, pairs = model.config.vocab_size, [], []
+def survey(tokenizer, V, index, n, triggers, texts, examples):
+    """Of every layer the mean specificity and the agreement; the n clearest memories of all, and
+    what activates them (see `look`)."""
+    layers, pairs = [], []
     spec = specificity(index["entropy"], V)                                    # [n_layers, d_m]
     for layer in range(len(spec)):
         active = triggers["k"][layer, 0, :, 0] > 0                             # [d_m]
         following = [texts[place // LONGEST][place % LONGEST + 1]
                      for place in triggers["at"][layer, 0, active, 0].tolist()]
         pairs.append(agreement(index["ids"][layer, active, 0], torch.tensor(following)))
-        row = {"layer": layer + 1, "mean_specificity": spec[layer].mean().item(),
-               "agreement": shares(pairs[-1])}
-        for name, largest in (("most_specific", True), ("most_general", False)):
-            ends = spec[layer].topk(min(LISTED, len(active)), largest=largest).indices.tolist()
-            row[name] = [describe(tokenizer, V, index, layer, i) for i in ends]
-        layers.append(row)
+        layers.append({"layer": layer + 1, "mean_specificity": spec[layer].mean().item(),
+                       "agreement": shares(pairs[-1])})
+    active = triggers["active"] >= CONTEXTS                                    # [n_layers, d_m]
+    order = index["clarity"].where(active, -torch.inf).flatten().argsort(descending=True)
     return {"mean_specificity": spec.mean().item(), "agreement": shares(torch.cat(pairs, 1)),
-            "by_layer": layers}
+            "by_layer": layers, "clearest": [
+                look(tokenizer, V, index, *divmod(i, spec.shape[1]), triggers, texts, examples)
+                for i in order[:min(n, int(active.sum()))].tolist()]}
 
 
 def agreement(concepts, following):
@@ -277,81 +333,92 @@ def survey_text(result):
             rows[-1] += [f"{a['share']:.2%} ± {a['standard_error']:.2%}", f"{a['chance']:.2%}",
                          f"{a['n']:,}"]
     parts = [columns(["layer", "mean Spec", "agreement", "chance", "n"], rows), """\
-Spec: the specificity. It is small where the memory vector is short, since all tokens are about
-      equally probable then. The order of the tokens is telling all the same.
 agreement: of n memories, the share whose most probable token is what follows the context that
       activates the memory most. ± is the standard error, as if memories were independent.
 chance: the agreement to be expected if contexts were shuffled among the memories of a layer."""]
-    for row in result["by_layer"]:
-        for name in ("most_specific", "most_general"):
-            table = columns(["memory", "Spec", "says first"], [row_of(one) for one in row[name]])
-            parts.append(f"layer {row['layer']}: the {name.replace('_', ' ')} memories\n{table}")
+    for one in result["clearest"]:
+        parts.append(heading(one) + "".join(map(context_line, one["largest"][:CALLED])))
     return "\n\n".join(parts)
 
 
 @torch.inference_mode()
-def token_search(model, tokenizer, token, index):
+def token_search(model, tokenizer, token, index, how="raw"):
     """The memories of all layers that give a token the largest probability, and the token's rank
     among all that each of them says."""
-    head = model.decode.float()                                                # [V, d]
-    vectors = [block.memory.values.weight.T for block in model.blocks]         # [d_m, d] each
-    log_p = torch.cat([v.float() @ head[token] - log_z.to(v.device)
-                       for v, log_z in zip(vectors, index["log_z"])])          # [n_layers * d_m]
+    head, L = model.decode.float(), model.config.n_layers                      # [V, d]
+    of_layers, log_p = [decodable(model, layer, how) for layer in range(L)], []
+    for (v, cap), log_z in zip(of_layers, index["log_z"]):                     # v: [d_m, d]
+        log_p.append(logits_of(v, head[token, None], cap)[:, 0] - log_z.to(v.device))
+    log_p = torch.cat(log_p)                                                   # [n_layers * d_m]
     best, places = log_p.topk(min(FOUND, len(log_p)))
     rows = []
     for p, place in zip(best.exp().tolist(), places.tolist()):
         layer, memory = divmod(place, model.config.d_m)
-        logits = head @ vectors[layer][memory].float()                         # [V]
-        rows.append({**describe(tokenizer, len(head), index, layer, memory),
-                     "probability": p, "rank": 1 + int((logits > logits[token]).sum())})
+        v, cap = of_layers[layer]
+        others = logits_of(v[memory], head, cap)                               # [V]
+        rows.append({**describe(tokenizer, len(head), index, layer, memory), "probability": p,
+                     "ratio": p * len(head), "rank": 1 + int((others > others[token]).sum())})
     return {"token": {"id": token, "token": token_text(tokenizer, token)}, "found": rows}
 
 
 def token_search_text(result):
-    token, even = result["token"], percentage(1 / result["vocabulary"])
-    rows = [row_of(memory, percentage(memory["probability"]), memory["rank"])
-            for memory in result["found"]]
+    token = result["token"]
+    rows = [row_of(memory, times(memory["ratio"]), memory["rank"]) for memory in result["found"]]
     return f"""\
 The memories that make {token['token']!r} (id {token['id']}) most probable
-rank: its place in the order of probability. If all tokens were equal, each would have {even}.
+rank: its place in the order of probability
 
 {columns(["memory", "P(token)", "rank", "Spec", "says first"], rows)}"""
 
 
 @torch.inference_mode()
-def one_memory(model, tokenizer, layer, memory, triggers, texts, examples):
-    """What one memory says, layer from 0, and the contexts with its largest and its most negative
-    coefficients. examples: what the texts were made of."""
-    v = model.blocks[layer].memory.values.weight[:, memory]                    # [d]
-    said = {name: of[None] for name, of in decode(v[None], model.decode).items()}      # [1, 1, ...]
-    result = {**describe(tokenizer, model.config.vocab_size, said, 0, 0),
-              "layer": layer + 1, "memory": memory}
+def one_memory(model, tokenizer, layer, memory, how, *read):
+    """What one memory says, layer from 0, and what activates it: see `look`."""
+    v, cap = decodable(model, layer, how)
+    said = decode(v[memory, None], model.decode.float(), cap)
+    index = {name: {(layer, memory): of[0]} for name, of in said.items()}
+    return look(tokenizer, model.config.vocab_size, index, layer, memory, *read)
+
+
+def look(tokenizer, V, index, layer, memory, triggers, texts, examples):
+    """What `describe` gives, in how many contexts the memory is active, and those with its largest
+    and its most negative coefficients. examples: what the texts were made of."""
+    one = describe(tokenizer, V, index, layer, memory)
+    one["active"] = int(triggers["active"][layer, memory])
     for end, (name, sign) in enumerate((("largest", 1), ("smallest", -1))):
         k, places = (triggers[of][layer, end, memory].tolist() for of in ("k", "at"))
-        result[name] = []
+        one[name] = []
         for k, place in zip(k, places):
             if k > 0:
                 text, at = divmod(place, LONGEST)
                 ids, example = texts[text], examples[text]
                 before = [id for id in ids[max(0, at - SHOWN + 1):at] if id != tokenizer.bos_id]
-                result[name].append({
+                one[name].append({
                     "k": sign * k, "task": example.task.name, "row": example.index,
                     "position": at, "context": tokenizer.decode(before),
                     "token": token_text(tokenizer, ids[at]),
                     "next": token_text(tokenizer, ids[at + 1])})
-    return result
+    return one
 
 
-def one_memory_text(result):
-    parts = [f"memory {result['layer']}:{result['memory']}, Spec {result['specificity']:.6f}\n"
-             f"says {says(result['concepts'])}"]
+def heading(one):
+    return (f"memory {one['layer']}:{one['memory']}, clarity {one['clarity']:.1f}, Spec "
+            f"{one['specificity']:.6f}, active in {one['active']:,} contexts\n"
+            f"says {says(one['concepts'])}")
+
+
+def context_line(found):
+    before, token = (repr(found[part])[1:-1] for part in ("context", "token"))
+    cut = "…" if found["position"] >= SHOWN else ""
+    return (f"\n{found['k']:>+9.3f}  {cut}{before}«{token}» {found['next']!r}  "
+            f"({found['task']} row {found['row']})")
+
+
+def one_memory_text(one):
+    parts = [heading(one)]
     for name, title in (("largest", "largest"), ("smallest", "most negative")):
         parts.append(f"The {title} coefficients k, with «the last token» and what follows it:")
-        for one in result[name]:
-            before, token = (repr(one[part])[1:-1] for part in ("context", "token"))
-            cut = "…" if one["position"] >= SHOWN else ""
-            parts[-1] += (f"\n{one['k']:>+9.3f}  {cut}{before}«{token}» {one['next']!r}  "
-                          f"({one['task']} row {one['row']})")
+        parts[-1] += "".join(map(context_line, one[name]))
     return "\n\n".join([*parts, "With a negative k, what the memory says gets less probable."])
 
 
@@ -367,6 +434,10 @@ Decoding every memory and reading the texts takes long, so both are done once an
                      'given with its leading space (" Paris")')
     one.add_argument("--index", metavar="LAYER:MEMORY", help="show this memory; layers are counted "
                      "from 1, memories from 0")
+    add("--clearest", type=positive, metavar="N", default=20, help="how many of the clearest "
+        "memories are shown, and the contexts with their largest k (default: 20)")
+    add("--decode", choices=("auto", "raw", "lens"), default="auto", help="how memories are "
+        "decoded, see above (default: the lens where raw Spec is below a thousandth, else raw)")
     add("--model", metavar="DIR", default=os.path.relpath(TOY_FOLDER / "llama"),
         help="a run of train.py or a published checkpoint (default: data/toy/llama)")
     add("--task", metavar="A,B", default=TOY_TRAINING,
@@ -382,7 +453,7 @@ Decoding every memory and reading the texts takes long, so both are done once an
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
 
-    names = split_names(args.task)
+    names = split_names(args.task, args.data)
     set_threads(args.threads, names)
     examples = development_examples(names, args.data, args.items)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)       # None: as stored
@@ -397,24 +468,29 @@ Decoding every memory and reading the texts takes long, so both are done once an
         raise BadInput(f"--index {args.index}: give LAYER:MEMORY; this model has the layers 1 to "
                        f"{L}, each with the memories 0 to {d_m - 1}")
 
+    how, why = (args.decode, "as asked") if args.decode != "auto" else choose_decoding(model)
     sha, out = which_model(args.model), Path(args.out or Path(args.model, "eval"))
     with alone_in(out):
         if not args.index:
-            index = memory_index(model, sha, out / INDEX, args.overwrite)
+            index = memory_index(model, sha, out / INDEX.format(how), args.overwrite, how)
         if token is None:
             triggers = memory_triggers(model, sha, texts, out / TRIGGERS, args.overwrite)
+            read = triggers, texts, examples
     if token is not None:
-        found, text = token_search(model, tokenizer, token, index), token_search_text
+        found, text = token_search(model, tokenizer, token, index, how), token_search_text
     elif args.index:
+        found = one_memory(model, tokenizer, int(layer) - 1, int(memory), how, *read)
         text = one_memory_text
-        found = one_memory(model, tokenizer, int(layer) - 1, int(memory), triggers, texts, examples)
     else:
-        found, text = survey(model, tokenizer, index, triggers, texts), survey_text
-    result = {"model": args.model, "layers": L, "memories": d_m, "vocabulary": V, "tasks": names,
-              "texts": len(texts), "contexts": sum(map(len, new_contexts(texts))), **found}
+        found, text = survey(tokenizer, V, index, args.clearest, *read), survey_text
+    result = {"model": args.model, "layers": L, "memories": d_m, "vocabulary": V, "decode": how,
+              "why": why, "tasks": names, "texts": len(texts),
+              "contexts": sum(map(len, new_contexts(texts))), **found}
     print(json.dumps(result, indent=2) if args.json else f"""\
 {args.model}: {L} layers of {d_m:,} memories
+--decode {how}, {why}
 {result['contexts']:,} contexts in {len(texts):,} texts of {', '.join(names)}
+x830: 830 times as probable as if all {V:,} tokens were equally probable
 
 {text(result)}""")
 

@@ -17,9 +17,9 @@ from data import BadInput
 NOTHING = "nothing to show"
 HUES = 5                     # colours that colour-blind readers tell apart, 3:1 against either page
 KEPT = "\u00a0\u2009\u200c\u200d\u202f\u3000"  # spaces and joiners that real languages need
-LEVELS = ("low", "middle", "high")
-MARKS = (("", ""), ("[", "]"), ("[[", "]]"))   # of the levels, on a terminal without colours
-TERMINAL = [f"\x1b[38;5;16;48;5;{orange}m" for orange in (230, 222, 208)]      # black on orange
+LEVELS = ("low", "middle", "high", "not measured")
+MARKS = (("", ""), ("[", "]"), ("[[", "]]"), ("(", ")"))       # on a terminal without colours
+TERMINAL = [f"\x1b[38;5;16;48;5;{orange}m" for orange in (230, 222, 208)] + [""]  # black on orange
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1d1f24; --faint: #5c6068;
@@ -279,10 +279,11 @@ def curves(series: dict[str, list], x: str, y: str, note: str = "") -> str:
 
 
 def heat(tokens: list[str], levels: list[int], title: str = "") -> str:
-    """A text whose tokens are coloured, and underlined, by their level: 0 low, 1 middle, 2 high."""
+    """A text whose tokens are coloured, and underlined, by their level, an index of LEVELS."""
     if not tokens:
         return paragraph(NOTHING)
-    key = "".join(element("span", name, class_=f"level{i}") for i, name in enumerate(LEVELS))
+    key = "".join(element("span", name, class_=f"level{i}") for i, name in enumerate(LEVELS)
+                  if i < 3 or i in levels)
     key = element("p", element("span", escape(title)) + key, class_="legend")
     spans = "".join(element("span", escape(token).replace("\n", "↵\n"), class_=f"level{level}",
                             title=LEVELS[level])
@@ -291,7 +292,7 @@ def heat(tokens: list[str], levels: list[int], title: str = "") -> str:
 
 
 def heat_terminal(tokens: list[str], levels: list[int], colour: bool) -> str:
-    """The same as one line of a terminal: in three backgrounds, or as low [middle] [[high]]."""
+    """The same as one line of a terminal: in three backgrounds, or as MARKS say."""
     def paint(text, level):
         if colour:
             return f"{TERMINAL[level]}{text}\x1b[0m"

@@ -17,7 +17,8 @@ import torch
 from data import BadInput, Parser, command, positive, progress
 from data.tasks import load as load_examples
 from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_threads, split_names)
-from lab import machine_flags
+from infosteer import Steering
+from lab import machine_flags, steerings_of
 from lab.page import columns, visible
 from lab.stats import left_out, runs_from, with_error
 
@@ -26,15 +27,15 @@ SAMPLE = 2**22                         # coefficients of a layer are enough for 
 
 
 @torch.inference_mode()
-def key_regions(model, texts, cuts=None):
-    """The share of |k| and of k in each region -> (shares [n_layers, 2, 3], cuts).
+def key_regions(model, texts, cuts=None, steering=Steering()):
+    """The share of |k| and of k, steered, in each region -> (shares [n_layers, 2, 3], cuts).
 
     cuts: the ends of the regions, [n_layers, 2, 2]. None: the percentiles of this model.
     """
     if cuts is None:
         cuts = percentiles(model, texts)
     counts = torch.zeros(model.config.n_layers, 2, 3, dtype=torch.float64)
-    for keys in keys_of(model, texts):
+    for keys in keys_of(model, texts, steering):
         for layer, k in enumerate(keys):                                       # [T, d_m]
             for reading, of in enumerate((k.float().abs(), k.float())):
                 regions = torch.bucketize(of, cuts[layer, reading].to(k.device))
@@ -51,10 +52,10 @@ def percentiles(model, texts):
     return torch.stack([torch.stack([k.abs().quantile(ends), k.quantile(ends)]) for k in layers])
 
 
-def regions_of(model, runs, task_names, data, n, device, say=left_out):
+def regions_of(model, runs, task_names, data, n, device, say=left_out, steered=False):
     """The regions of a base model, given by its folder, and of its runs, as runs_from gives them,
     on the prompts and correct responses of n test items of the tasks. A run that cannot be loaded
-    is taken out of `runs`, with a line.
+    is taken out of `runs`, with a line. steered: runs keep the steering of their forward pass.
 
     -> {"model", "tasks", "texts", "tokens", "cuts", "arms"}. Each arm has shares [2, 3] over all
     layers ("mean", "standard_error", "by_seed") and shares [n_layers, 2, 3] ("layers",
@@ -67,16 +68,18 @@ def regions_of(model, runs, task_names, data, n, device, say=left_out):
     texts = [tokenizer.encode(example.prompt, special=False)
              + tokenizer.encode(example.response, bos=False, special=False) for example in examples]
     shares, cuts = key_regions(base, texts)
-    arms = {"base": {None: shares}}
-    for run in progress(runs[:], desc="key regions", unit="model"):
+    arms, folders = {"base": {None: shares}}, [run["folder"] for run in runs]
+    steerings = steerings_of(folders, device) if steered else [Steering()] * len(runs)
+    for run, steering in zip(progress(runs[:], desc="key regions", unit="model"), steerings):
         try:
             tuned, _ = load(run["folder"], device=device)
         except BadInput as error:
             say(error)
             runs.remove(run)
         else:
-            arms.setdefault(run["arm"], {})[run["seed"]], _ = key_regions(tuned, texts, cuts)
-    return {"model": str(model), "tasks": task_names, "texts": len(texts),
+            shares, _ = key_regions(tuned, texts, cuts, steering)
+            arms.setdefault(run["arm"], {})[run["seed"]] = shares
+    return {"model": str(model), "tasks": task_names, "steered": steered, "texts": len(texts),
             "tokens": sum(map(len, texts)), "cuts": cuts.tolist(),
             "arms": {arm: over_seeds(by_seed) for arm, by_seed in arms.items()}}
 
@@ -98,7 +101,7 @@ def regions_text(result, per_layer=False):
     parts = [f"{visible(result['model'])}: share of the key coefficients in the base model's "
              "regions, in %\n"
              f"mean over layers ± standard error over seeds; {result['texts']} test items of "
-             f"{', '.join(result['tasks'])}"]
+             f"{', '.join(result['tasks'])}; runs {'' if result['steered'] else 'un'}steered"]
     for reading, title in enumerate(("|k|: low is idle", "k: low is strongly negative")):
         rows = []
         for arm, found in result["arms"].items():
@@ -126,16 +129,19 @@ def main(argv=None):
         help="the folder with TASK/test.json (default: data/toy)")
     add("--items", type=positive, metavar="N", default=100, help="items to read (default: 100)")
     add("--per-layer", action="store_true", help="show each layer too")
+    add("--steered", action="store_true", help="runs keep the steering of the forward pass that "
+        "they were trained with (default: unsteered)")
     machine_flags(add)
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    names = split_names(args.task)
+    names = split_names(args.task, args.data)
     set_threads(args.threads, names)
     runs = runs_from(args.runs, args.model)
     if not runs:
         raise BadInput(f"--runs {args.runs}: no finished run of train.py that began with "
                        f"{args.model}; python -m lab.experiment --steer none int reg makes some")
-    result = regions_of(args.model, runs, names, args.data, args.items, pick_device(args.device))
+    result = regions_of(args.model, runs, names, args.data, args.items, pick_device(args.device),
+                        steered=args.steered)
     print(json.dumps(result, indent=2) if args.json else regions_text(result, args.per_layer))
 
 

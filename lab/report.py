@@ -8,22 +8,23 @@ regions, information flux, and the memories of the base model.
 import json
 import math
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
-from data import BadInput, Parser, command, write_whole
+from data import BadInput, Parser, command, progress, write_whole
 from data.tasks import find, load as load_examples
-from eval import (base_folder, load, pick_device, set_threads, split_names, steering_from,
-                  which_model)
+from eval import load, pick_device, set_threads, split_names, steering_from, which_model
 from lab import machine_flags, page
-from lab.flux import first_runs, flux_of, flux_sections
-from lab.memories import INDEX, LISTED, alone_in, describe, memory_index, row_of
+from lab.flux import POSITIONS, first_runs, flux_of, flux_sections
+from lab.memories import LISTED, choose_decoding, decodable, decode, describe, row_of
 from lab.regions import REGIONS, regions_of
-from lab.stats import (FOOTNOTE, NOT_SHOWN, accuracy_lines, compare, find_runs, interval, left_out,
+from lab.stats import (FOOTNOTE, NOT_SHOWN, compare, find_runs, interval, left_out, lines_of,
                        points, suites_of)
 
 ITEMS = 60                             # test items whose tokens are looked at
 MOST_CURVES, MOST_MODELS = 20, 6       # curves in a chart, fine-tuned models whose flux is shown
 SHOWN = 3                              # items whose tokens are shown
+MOST_LAYERS = 4                        # layers of the base model whose memories are decoded
 CURVES = {"lm_loss": "loss of the language model, nats per token",
           "flux": "information flux (key entropy), nats"}
 INTRO = """InfoSteer steers how much of its feed-forward memory a language model uses while it is
@@ -93,15 +94,16 @@ def claims(rows, regions, flux):
                 i = REGIONS.index(region)
                 if shifts := [one[0][i] - other[0][i] for one, other in pairs if other]:
                     add(claim, f"{arm} against {against}", *interval(shifts), sign)
-    for model in flux["models"] if flux else ():
-        content = model["classes"]["content"]
+    for model, at in product(flux["models"] if flux else (), POSITIONS):
+        content = model[at]["classes"]["content"]
         for name, title in LESS_FLUX.items():
-            other = model["classes"][name]
+            other = model[at]["classes"][name]
             if content["standard_error"] and other["standard_error"]:
                 gap = content["mean"] - other["mean"]
                 error = math.hypot(content["standard_error"], other["standard_error"])
                 found.append([f"Content words have more flux than {title} (section 6)",
-                              f"answers of {model['title']}", f"{gap:+.3f} ± {error:.3f} nats",
+                              f"answers of {model['title']}, {at}",
+                              f"{gap:+.3f} ± {error:.3f} nats",
                               verdict(gap - 2 * error, gap + 2 * error)])
     return found
 
@@ -196,18 +198,22 @@ def regions_section(regions):
     return body
 
 
-def specific_memories(model, device, path):
-    """The most specific memories of each layer of the base model."""
+def clear_memories(model, device):
+    """The clearest memories of some layers of the base model."""
     base, tokenizer = load(model, device=device)
-    with alone_in(path.parent):
-        index = memory_index(base, which_model(model), path)
-    V, rows = base.config.vocab_size, []
-    for layer, entropies in enumerate(index["entropy"]):                       # [d_m]
-        for memory in entropies.argsort()[:LISTED].tolist():
-            rows.append(row_of(describe(tokenizer, V, index, layer, memory)))
-    return page.table(["memory", "specificity", "says, decoded alone"], rows, note=(
-        "layer:memory, of the base model. The specificity is 1 - H(P) / log V: 0 says anything, 1 "
-        "says one token only. python -m lab.memories shows more."))
+    (how, why), head, rows = choose_decoding(base), base.decode.float(), []
+    last = base.config.n_layers - 1
+    layers = sorted({round(last * i / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
+    for layer in progress(layers, desc="decoding memories", unit="layer"):
+        v, cap = decodable(base, layer, how)
+        said = {name: of[None] for name, of in decode(v, head, cap).items()}   # as of one layer
+        for memory in said["clarity"][0].topk(min(LISTED, len(v))).indices.tolist():
+            one = describe(tokenizer, len(head), said, 0, memory) | {"layer": layer + 1}
+            rows.append(row_of(one, f"{one['clarity']:.1f}"))
+    return page.table(["memory", "clarity", "specificity", "says, decoded alone"], rows, note=(
+        f"layer:memory, of {len(layers)} of the {last + 1} layers of the base model; all would "
+        f"take long. Decoded {how}, {why}. x830: 830 times as probable as if all {len(head):,} "
+        "tokens were equally probable. python -m lab.memories --help explains the rest."))
 
 
 def base_of(runs):
@@ -218,30 +224,30 @@ def base_of(runs):
                 return path
 
 
-def memory_sections(model, folder, runs, names, data, device, notes):
+def memory_sections(model, runs, names, data, device, notes):
     """What memories do in a base model and in its runs -> regions, flux, [(heading, HTML)]. Raises
     BadInput."""
+    bar = progress(total=3, desc="looking inside models", unit="stage")
     regions = regions_of(model, runs, names, data, ITEMS, device, notes)
+    bar.update()
     known, found = ("none", "int", "int-value", "reg"), first_runs(runs)
     first = [found[arm] for arm in sorted(found, key=lambda arm: arm not in known)]
-    items = [(example.prompt, None) for name in names for example in
-             load_examples(data, name, "test")[:max(1, ITEMS // len(names))]]
-    flux = flux_of([model, *first[:MOST_MODELS]], items,
-                   max(find(name).max_new_tokens for name in names), device, say=notes)
+    examples = [example for name in names for example in
+                load_examples(data, name, "test")[:max(1, ITEMS // len(names))]]
+    flux = flux_of([model, *first[:MOST_MODELS]], [(one.prompt, None) for one in examples],
+                   max(one.task.max_new_tokens for one in examples), device, say=notes)
     flux["settings"] |= {"task": names, "data": data}
     for seen in flux["models"]:
         seen["shown"] = seen["shown"][:SHOWN]
+    bar.update()
     sections = [("Key regions (the paper's Fig. 4)", regions_section(regions)),
-                *flux_sections(flux)]
-    try:
-        index = base_folder(folder, model) / INDEX
-        sections.append(("The most specific memories", specific_memories(model, device, index)))
-    except (BadInput, OSError) as error:                       # damaged, or not writable
-        notes(error)
+                *flux_sections(flux), ("Clear memories", clear_memories(model, device))]
+    bar.update()
+    bar.close()
     return regions, flux, sections
 
 
-def sections_of(folder, runs, device, notes):
+def sections_of(runs, device, notes):
     """The sections about one base model: [(heading, HTML)]. runs: those of `find_runs` that began
     with it, and itself."""
     trained = [run for run in runs if run["settings"].get("base") is not True]
@@ -249,7 +255,8 @@ def sections_of(folder, runs, device, notes):
     rows, tasks = compare(runs), {task for run in runs for task in run["scores"]}
     singles = {task: [task] for tasks in suites_of(tasks).values() for task in tasks}
     sections = [
-        ("Accuracy", page.table(*accuracy_lines(rows), " ".join(FOOTNOTE.split()))),
+        ("Accuracy", page.table(*lines_of(rows)) + page.table(*lines_of(rows, nll=True),
+                                                              " ".join(FOOTNOTE.split()))),
         ("Suite by suite", accuracy_chart(rows, "mean over the tasks of a suite")),
         ("Task by task (the paper's Fig. 3)", accuracy_chart(compare(runs, singles)))]
     regions = flux = None
@@ -261,9 +268,11 @@ def sections_of(folder, runs, device, notes):
             raise BadInput("there is no fine-tuned run" if model else "the model that these runs "
                            f"began with is not at {runs[0]['settings']['model']}")
         of = trained[0]["settings"]
-        names = [name for name in split_names(str(of.get("task"))) if "test" in find(name).splits]
-        regions, flux, more = memory_sections(model, folder, trained, names or list(singles),
-                                              of.get("data", ""), device, notes)
+        data = str(of.get("data", ""))
+        names = [name for name in split_names(str(of.get("task")), data)
+                 if "test" in find(name, data).splits]
+        regions, flux, more = memory_sections(model, trained, names or list(singles), data, device,
+                                              notes)
         sections += more
     except BadInput as error:
         sections.append(("Memories", page.paragraph(f"What memories do cannot be shown: {error}.")))
@@ -278,7 +287,7 @@ def report(folder, runs, device="cpu", notes=None):
     sections, models = [], list(dict.fromkeys(run["model"] for run in runs))
     for title in models:
         ours = [run for run in runs if run["model"] == title]
-        for heading, body in sections_of(folder, ours, device, notes):
+        for heading, body in sections_of(ours, device, notes):
             sections.append((f"{title}: {heading}" if len(models) > 1 else heading, body))
     if notes:
         sections.insert(0, ("Left out of this page", page.table(["what, and why"], [

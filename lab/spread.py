@@ -149,7 +149,7 @@ def run(argv):
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    set_threads(args.threads, split_names(args.task))
+    set_threads(args.threads, split_names(args.task, args.data))
     world = Spread(device, own.offload)
     print(f"spread     over {COUNT} x {device.type}" + ", offloaded" * own.offload)
     train.train(args, world)

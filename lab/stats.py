@@ -8,7 +8,7 @@ import torch
 
 from data import BadInput, read_json
 from data.runs import MACHINE
-from data.tasks import TASKS, TOY
+from data.tasks import OWN_NAME, TASKS, TOY
 from eval import steering_from, suite_of, which_model, with_error
 from lab import page
 
@@ -22,8 +22,8 @@ NOT_SHOWN = "not shown"                # the verdict on a difference whose inter
 
 
 def mean_and_error(values):
-    """Mean of a few numbers, and its standard error (None for a single one)."""
-    mean = sum(values) / len(values)
+    """Mean of a few numbers, and its standard error (None for a single one); None of none."""
+    mean = sum(values) / len(values) if values else None
     if len(values) < 2:
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
@@ -96,7 +96,7 @@ def grouped_correlation(x, y, group, text):
 # An arm is a steering. What is neither the arm, nor the seed, nor the machine is the recipe.
 NO_RECIPE = MACHINE | {"steering", "seed"}
 KINDS, PLAIN = {"steering": [dict], "versions": [dict]}, [str, int, float, bool, type(None)]
-SCORED_BY = ("items_sha256", "n", "score", "dtype", "max_new_tokens", "steered")
+SCORED_BY = ("items_sha256", "task_json", "n", "score", "dtype", "max_new_tokens", "steered")
 
 
 def left_out(text):
@@ -139,10 +139,10 @@ def of_models(runs):
 
 def scan(folder, say=left_out):
     """What train.py left in a folder: [{"model", "model_sha256", "arm", "seed", "folder",
-    "settings", "scores", "scored_by"}], one for each finished run and each base model. The arm is
-    Steering.name or "base", settings are its args.json, scores {task: accuracy} and scored_by
-    {task: {of SCORED_BY}} are from its eval/TASK.json. A damaged run costs a line, not the other
-    runs."""
+    "settings", "scores", "nll", "scored_by"}], one for each finished run and each base model. The
+    arm is Steering.name or "base", settings are its args.json, scores {task: accuracy}, nll {task:
+    nll or None} and scored_by {task: {of SCORED_BY}} are from its eval/TASK.json. A damaged run
+    costs a line, not the other runs."""
     found = []
     for path in sorted(Path(folder).glob("*/args.json")):
         try:
@@ -164,19 +164,23 @@ def describe(path, settings):
             raise BadInput(f"{path}: {name} is {value!r}, which train.py does not write; if an "
                            "older one made this run, train it again")
     arm = "base" if base else steering_from(settings["steering"], path).name
-    scores, scored_by = {}, {}
+    scores, losses, scored_by = {}, {}, {}
     for file in path.parent.glob("eval/*.json"):
-        if file.stem in TASKS or file.stem in TOY:             # not "boolq-first10"
-            summary = read_json(file)
-            scores[file.stem] = accuracy = summary.get("accuracy")
-            if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
-                raise BadInput(f"{file}: accuracy is {accuracy!r}; score it again (--overwrite)")
+        summary = read_json(file)
+        own = summary.get("task_json") and OWN_NAME.fullmatch(file.stem)
+        if file.stem in TASKS or file.stem in TOY or own and summary.get("task") == file.stem:
+            scores[file.stem], losses[file.stem] = summary.get("accuracy"), summary.get("nll")
+            for name, most in (("accuracy", 1), ("nll", 1e30)):
+                value = summary.get(name)
+                fits = type(value) in (int, float) and 0 <= value <= most
+                if not fits and (name, value) != ("nll", None):
+                    raise BadInput(f"{file}: {name} is {value!r}; score it again (--overwrite)")
             if base and summary.get("model_sha256", sha := settings["model_sha256"]) != sha:
                 raise BadInput(f"{file}: holds scores of another model than {path} names; score it "
                                "again (--overwrite)")
             scored_by[file.stem] = {key: summary.get(key) for key in SCORED_BY}
     return [{"arm": arm, "folder": path.parent, "settings": settings, "scores": scores,
-             "scored_by": scored_by,
+             "nll": losses, "scored_by": scored_by,
              **{name: settings.get(name) for name in ("model", "model_sha256", "seed")}}]
 
 
@@ -211,7 +215,7 @@ def like_scores(runs, say=left_out):
     """Take from the runs of one base model the scores that were not made as most of the same task
     were, and say which runs have no score of a task that others have."""
     said = {}
-    for task in sorted({task for run in runs for task in run["scores"]}, key=[*TOY, *TASKS].index):
+    for task in in_order(task for run in runs for task in run["scores"]):
         here = {run["folder"]: run for run in sorted(runs, key=lambda run: run["arm"] != "none")}
         scored = [of for of in here if task in here[of]["scores"]]
         _, others = alike((of, here[of]["scored_by"][task]) for of in scored)
@@ -256,60 +260,81 @@ def find_runs(folder, say=left_out):
     return [run for run in runs if run["scores"]]
 
 
+def in_order(tasks):
+    """Task names, each once: the toy world's, the public ones, and one's own by their names."""
+    known = {task: place for place, task in enumerate((*TOY, *TASKS))}
+    return sorted(set(tasks), key=lambda task: (known.get(task, len(known)), task))
+
+
 def suites_of(tasks):
     """Task names -> {suite: its tasks}, the toy world's suites first."""
     suites = {}
-    for task in sorted(set(tasks), key=[*TOY, *TASKS].index):
+    for task in in_order(tasks):
         suites.setdefault(suite_of(task), []).append(task)
     return suites
+
+
+MEASURED = ("mean", "standard_error", "difference", "interval",
+            "nll", "nll_standard_error", "nll_difference", "nll_interval")
 
 
 def compare(runs, suites=None):
     """Mean over seeds with standard error, and the difference to plain fine-tuning (the arm none),
     paired by seed, with its 95% interval.
 
-    runs: [{"model", "arm", "seed", "scores": {task: accuracy}}]. suites: {name: its tasks}; None:
-    those of the tasks. The accuracy of a suite is the mean over its tasks. A run that was not
-    scored on all of them is left out of that suite.
-    -> [{"model", "arm", "suite", "seeds", "mean", "standard_error", "difference", "interval"}],
-    accuracies as shares of one, None where there is nothing to say."""
+    runs: [{"model", "arm", "seed", "scores": {task: accuracy}, "nll": {task: nll or None}}].
+    suites: {name: its tasks}; None: those of the tasks. The accuracy of a suite is the mean over
+    its tasks, its nll that over those that have one. A run that was not scored on all of them is
+    left out of that suite; an arm of which a run has no nll shows none.
+    -> [{"model", "arm", "suite", "seeds", of MEASURED}], accuracies as shares of one, losses in
+    nats per token, None where there is nothing to say."""
     rows = []
     for model in dict.fromkeys(run["model"] for run in runs):
         ours = [run for run in runs if run["model"] == model]
         chosen = suites or suites_of(task for run in ours for task in run["scores"])
         for arm in sorted(dict.fromkeys(run["arm"] for run in ours), key=plain_first):
             for suite, tasks in chosen.items():
-                at, plain = by_seed(ours, arm, tasks), by_seed(ours, "none", tasks)
-                if not at:
+                scored = [run for run in ours if set(tasks) <= run["scores"].keys()]
+                seeds = {run["seed"] for run in scored if run["arm"] == arm}
+                if not seeds:
                     continue
-                mean, error = mean_and_error(list(at.values()))
-                row = {"model": model, "arm": arm, "suite": suite, "seeds": len(at), "mean": mean,
-                       "standard_error": error, "difference": None, "interval": None}
-                pairs = [at[seed] - plain[seed] for seed in at if seed in plain]
-                if arm != "none" and pairs:
-                    row["difference"], low, high = interval(pairs)
-                    row["interval"] = None if low is None else [low, high]
-                rows.append(row)
+                accuracy, nll = (against_plain(scored, arm, tasks, of) for of in ("scores", "nll"))
+                rows.append({"model": model, "arm": arm, "suite": suite, "seeds": len(seeds),
+                             **dict(zip(MEASURED, (*accuracy, *nll)))})
     return rows
 
 
-def by_seed(runs, arm, tasks):
-    """{seed: mean accuracy over the tasks} of an arm's runs that have them all."""
-    return {run["seed"]: sum(run["scores"][task] for task in tasks) / len(tasks)
-            for run in runs if run["arm"] == arm and set(tasks) <= run["scores"].keys()}
+def against_plain(runs, arm, tasks, measure):
+    """What `compare` says of an arm: mean, standard error, difference, interval."""
+    at, plain = by_seed(runs, arm, tasks, measure), by_seed(runs, "none", tasks, measure)
+    pairs = [at[seed] - plain[seed] for seed in at if seed in plain and arm != "none"]
+    difference, low, high = interval(pairs)
+    return *mean_and_error([*at.values()]), difference, None if low is None else [low, high]
+
+
+def by_seed(runs, arm, tasks, measure):
+    """{seed: mean over the tasks} of an arm's runs; {} if one of them lacks what others have."""
+    tasks = [task for task in tasks if any(run[measure][task] is not None for run in runs)]
+    found = {run["seed"]: [run[measure][task] for task in tasks]
+             for run in runs if run["arm"] == arm}
+    if not tasks or any(None in values for values in found.values()):
+        return {}
+    return {seed: sum(values) / len(tasks) for seed, values in found.items()}
 
 
 # ------------------------------------------------------------------- the one number format
 
-FOOTNOTE = """Accuracy: mean ± standard error over seeds. The difference to none, plain fine-tuning,
-is paired by seed; "not shown" means that its 95% interval covers zero. A seed draws the order of
-the training data only: no interval says anything of other checkpoints, data or test items."""
+FOOTNOTE = """Accuracy, and nll, the loss of the right response in nats per token (less is better):
+mean ± standard error over seeds. The difference to none, plain fine-tuning, is paired by seed; "not
+shown" means that its 95% interval covers zero. A seed draws the order of the training data only: no
+interval says anything of other checkpoints, data or test items."""
 
 
-def points(mean, low, high):
-    """A difference of shares in percentage points: "+2.0 [-0.5, +4.5]", or "+2.0 (one seed)"."""
-    ends = "(one seed)" if low is None else f"[{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * mean:+.1f} {ends}"
+def points(mean, low, high, scale=100, digits=1):
+    """A difference of shares in percentage points: "+2.0 [-0.5, +4.5]", or "+2.0 (one seed)". One
+    of losses has scale 1 and 3 digits."""
+    mean, *ends = ("" if x is None else f"{scale * x:+.{digits}f}" for x in (mean, low, high))
+    return f"{mean} (one seed)" if low is None else f"{mean} [{', '.join(ends)}]"
 
 
 def percent(row):
@@ -317,23 +342,29 @@ def percent(row):
     return with_error(row["mean"], row["standard_error"])
 
 
-def difference(row):
+def difference(row, measure="", *form):
     """The difference of a row of `compare` to plain fine-tuning; "" where there is none."""
-    if row["difference"] is None:
+    mean, ends = row[f"{measure}difference"], row[f"{measure}interval"]
+    if mean is None:
         return ""
-    low, high = row["interval"] or (None, None)
+    low, high = ends or (None, None)
     verdict = f"{NOT_SHOWN}: " if low is not None and low <= 0 <= high else ""
-    return verdict + points(row["difference"], low, high)
+    return verdict + points(mean, low, high, *form)
 
 
-def accuracy_lines(rows, paper={}):
-    """The rows of `compare` about one model -> header and lines of a table, suite by suite. paper:
-    {(arm, suite): the paper's figure in %}, a column of its own."""
-    header, lines = ["arm", "seeds", "accuracy, %", "difference to none"], []
+def lines_of(rows, paper={}, nll=False):
+    """The rows of `compare` about one model -> header and lines of a table, suite by suite, of the
+    accuracies or the losses. paper: {(arm, suite): the paper's figure in %}, a column of its own.
+    """
+    header, lines = ["arm", "seeds", "nll" if nll else "accuracy, %", "difference to none"], []
     for suite in dict.fromkeys(row["suite"] for row in rows):
         lines.append([suite])
         for row in (row for row in rows if row["suite"] == suite):
-            lines.append([f"  {row['arm']}", row["seeds"], percent(row), difference(row)])
+            cells = [percent(row), difference(row)]
+            if nll:
+                cells = [with_error(row["nll"], row["nll_standard_error"], 1, 3),
+                         difference(row, "nll_", 1, 3)]
+            lines.append([f"  {row['arm']}", row["seeds"], *cells])
             if (row["arm"], suite) in paper:
                 lines[-1].append(f"{paper[row['arm'], suite]:.1f}")
     return header + ["the paper"] * bool(paper), lines
@@ -341,7 +372,9 @@ def accuracy_lines(rows, paper={}):
 
 def comparison_table(rows, paper={}):
     """The rows of `compare`, and figures of the paper, as a text for people."""
-    tables = [f"{page.visible(model)}\n\n" + page.columns(*accuracy_lines(
-                  [row for row in rows if row["model"] == model], paper))
-              for model in dict.fromkeys(row["model"] for row in rows)]
-    return "\n\n".join([*tables, FOOTNOTE])
+    texts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        ours = [row for row in rows if row["model"] == model]
+        texts += [page.visible(model), page.columns(*lines_of(ours, paper)),
+                  page.columns(*lines_of(ours, nll=True))]
+    return "\n\n".join([*texts, FOOTNOTE])

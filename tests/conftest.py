@@ -1,4 +1,5 @@
 """Shared by all tests: where things are, the marks, and the optional folder of real files."""
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SHARED = ROOT.parent / "shared"        # real datasets and tokenizers, which are no part of this
+MODELS = Path(os.environ.get("INFOSTEER_MODELS") or ROOT.parent / "models")
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
 MARKS = {
@@ -33,3 +35,11 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"needs real tokenizer and dataset files in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def real_models():
+    """The folder of published models: smollm2-135m-instruct, gemma-3-270m, gguf/."""
+    if not (MODELS / "smollm2-135m-instruct").is_dir():
+        pytest.skip(f"needs published models in {MODELS}; INFOSTEER_MODELS names another folder")
+    return MODELS

@@ -1,7 +1,11 @@
 """Small checkpoints, datasets and runs, made on the spot."""
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 import train
 from model import Config, Transformer, read_tensors
@@ -26,10 +30,16 @@ def checkpoint_folder(folder, family="llama", spoil=lambda model: None):
 
 def write_task(data, task, split, rows):
     """A task file in the common layout, from (question, answer) pairs."""
+    write_rows(data, task, split, [(question, f"the correct answer is {answer}", answer)
+                                   for question, answer in rows])
+
+
+def write_rows(data, task, split, rows):
+    """A task file in the common layout, from (instruction, output, answer)."""
     (data / task).mkdir(parents=True, exist_ok=True)
     (data / task / f"{split}.json").write_text(json.dumps([
-        {"instruction": question, "input": "", "output": f"the correct answer is {answer}",
-         "answer": answer} for question, answer in rows]))
+        {"instruction": instruction, "input": "", "output": output, "answer": answer}
+        for instruction, output, answer in rows]))
 
 
 def even_or_odd(n):
@@ -55,3 +65,22 @@ class Interrupted(train.ALONE):
         if self.left == 0:
             raise KeyboardInterrupt
         return batches
+
+
+def reference(models, needs, script, *args):
+    """What `script` prints, as JSON, in a Python that has the libraries `needs`, which the project
+    itself does without: INFOSTEER_REFERENCE, or the one beside the published models. The script
+    finds `args` in sys.argv[1:]; long input goes by a file. Skips the test where there is none."""
+    python = os.environ.get("INFOSTEER_REFERENCE") or models / ".venv" / "bin" / "python"
+    has = f"import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, {[*needs]})))"
+    try:
+        found = subprocess.run([python, "-c", has]).returncode == 0
+    except OSError:
+        found = False
+    if not found:
+        pytest.skip(f"needs a Python with {' and '.join(needs)}, not {python}; "
+                    "INFOSTEER_REFERENCE names one")
+    done = subprocess.run([python, "-c", script, *map(str, args)], capture_output=True,
+                          text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -9,7 +9,8 @@ import json
 import pytest
 
 from data import tasks
-from data.tasks import TASKS, Example, find, judge, make_prompt, make_response, parse
+from data.tasks import (TASKS, Example, find, judge, make_prompt, make_response, option_texts,
+                        parse)
 
 pytestmark = pytest.mark.course
 
@@ -76,6 +77,43 @@ def test_spaces_of_the_published_text_are_left_alone():
 ])
 def test_the_mark_of_gsm8k_is_written_out(output, response):
     assert make_response(TASKS["gsm8k"], "72", output) == response
+
+
+# ------------------------------------------------------------- the texts of options, to be ranked
+
+
+@pytest.mark.parametrize("name, instruction, texts", [
+    ("ARC-Easy", "Please choose the correct answer to the question: What: a fox?\n\nAnswer1: An "
+     "animal. Answer2: a plant\nAnswer3: \n\nAnswer format: answer1/answer2/answer3",
+     [("Question: What: a fox?\nAnswer:", text) for text in (" An animal.", " a plant", " ")]),
+    ("piqa", "Please choose the correct solution to the question: dresser\n\nSolution1: a pin \n\n"
+     "Solution2: woodgrain with  a pin\n\nAnswer format: solution1/solution2",
+     [("Question: dresser\nAnswer:", text) for text in (" a pin", " woodgrain with  a pin")]),
+    ("hellaswag", "Please choose the correct ending to complete the given sentence: Running: He\n\n"
+     "Ending1: runs. Ending2: sits. Ending3: Ends 4. Ending4: x\n\n"
+     "Answer format: ending1/ending2/ending3/ending4",
+     [("Running: He", text) for text in (" runs.", " sits.", " Ends 4.", " x")]),
+    ("winogrande", "Please choose the correct answer to fill in the blank to complete the given "
+     "sentence: Ann paid Bob, so _ had less.\n\nOption1: Ann Option2: Bob Answer format: "
+     "option1/option2", [(f"Ann paid Bob, so {name}", " had less.") for name in ("Ann", "Bob")]),
+    ("winogrande", "No blank.\n\nOption1: A Option2: B Answer format: option1/option2", []),
+    ("ARC-Easy", "Why?\n\nAnswer1: x Answer format: answer1/answer2", []),
+    ("ARC-Easy", "\nAnswer1: x Answer2: y Answer format: answer1/answer2", []),
+    ("boolq", BOOLQ["instruction"], []),
+])
+def test_an_option_is_a_text_that_goes_on(name, instruction, texts):
+    answer = instruction.split()[-1].split("/")[0]
+    row = {"instruction": instruction, "output": "", "answer": answer}
+    assert option_texts(example_of(name, row)) == texts
+
+
+def test_every_published_item_with_options_spells_them_out(shared):
+    for name in ("piqa", "social_i_qa", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"):
+        for path in (shared / "datasets" / name).glob("t*.json"):
+            for example in parse(path.read_bytes(), path, find(name), "test"):
+                texts = option_texts(example)
+                assert len(texts) == len(example.choices), (path, example.index)
+                assert all("Answer format" not in asks + says for asks, says in texts)
 
 
 # --------------------------------------------- answer rules: response, comparable rule, strict rule

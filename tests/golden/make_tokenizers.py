@@ -393,6 +393,34 @@ def minis():
     ]
     inner = vocab(letters, "a▁", "▁b", "a▁b", "▁▁")
     e = "e\u0301"
+    few = {c: n for n, c in enumerate([*"ab!1²", "Ġ", "Â", "<unk>", "ab", "!!", "Ġa", "11", "Â²"])}
+    joins = ["a b", "! !", "Ġ a", "1 1", "Â ²"]
+    lost = ["a\x04b", "!\x04!", "\x04", "", "axyb", "a xb", "!\x04\x06!", "é!\x04", "xaxxb",
+            "\U00040000", "ab \x04 ab!\x04!", "xy!\x04!! a²b"]
+    digits = ["12345", "a1b22", " 1 11  111", "a²²1b", "11!11 ab", "1\U00011de0!",
+              "!\U00011de0!", "½1Ⅷ!!"]
+
+    def cuts(*steps):
+        return {"type": "Sequence", "pretokenizers": [*steps]}
+
+    def cut_at(pattern):
+        return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+                "invert": False}
+
+    def bytes_of_few(*steps, **fields):
+        return whole(bpe(few, joins, **fields), pre_tokenizer=cuts(*steps), decoder=BYTE_LEVEL)
+
+    each, runs_of = ({"type": "Digits", "individual_digits": alone} for alone in (True, False))
+    bare = {**lone, "use_regex": False}
+    digit_runs = bpe(vocab(alphabet, "11", "Ġ1", "111", "a1"), ["1 1", "Ġ 1", "11 1", "a 1"])
+    start = {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
+    behind = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    pieces = vocab(letters, *(f"<0x{b:02X}>" for b in range(256)), "▁a", "ab", "▁ab", "▁▁", "<s>")
     return {
         "one result, two pairs, the reachable one listed last": (
             characters(two_ways, ["b c", "a bc", "ab c", "a b", "c d", "abc d", "ab cd"]),
@@ -504,6 +532,53 @@ def minis():
             ),
             [f"<{e}>", "<\u00e9>", f"<{e}{e}>", "<\u00e9\u00e9>", f"{e}<!>{e}", f"<<{e}>>"],
         ),
+        "a byte that is missing is dropped, and its neighbours meet": (bytes_of_few(lone), lost),
+        "a byte that is missing is unk": (bytes_of_few(lone, unk_token="<unk>"), lost),
+        "missing bytes that are neighbours are one unk, inside a word": (
+            bytes_of_few(lone, unk_token="<unk>", fuse_unk=True),
+            lost,
+        ),
+        "a word that is whole only without its missing byte is not whole": (
+            whole(
+                bpe(vocab(few, "ab!", "ba"), joins, ignore_merges=True),
+                pre_tokenizer=bare,
+                decoder=BYTE_LEVEL,
+            ),
+            ["ab!", "a\x04b!", "ba", "b\x04a", "baab"],
+        ),
+        "each digit alone, missing bytes": (bytes_of_few(each, lone), digits + lost),
+        "runs of digits, missing bytes": (bytes_of_few(runs_of, lone), digits + lost),
+        "each digit alone": (
+            whole(digit_runs, pre_tokenizer=cuts(each, lone), decoder=BYTE_LEVEL),
+            digits,
+        ),
+        "runs of digits": (
+            whole(digit_runs, pre_tokenizer=cuts(runs_of, bare), decoder=BYTE_LEVEL),
+            digits,
+        ),
+        "two patterns, then digits": (
+            whole(
+                digit_runs,
+                pre_tokenizer=cuts(cut_at("[\n!]"), cut_at(r" ?\p{L}+$|\s+"), each, bare),
+                decoder=BYTE_LEVEL,
+            ),
+            ["a1!11\n1", "ab\nab 11", "11 a\n!a1", "a  1 é1", *digits],
+        ),
+        "digits, then a pattern, then GPT-2's": (
+            whole(digit_runs, pre_tokenizer=cuts(runs_of, cut_at("a1|1a|a"), lone),
+                  decoder=BYTE_LEVEL),
+            ["a1a1 11a", " a 1 1a111", *digits],
+        ),
+        **{f"a space of its own in front, normalized {late}": (
+            whole(
+                bpe(pieces, ["▁ a", "a b", "▁ ab", "▁ ▁"], unk_token="<unk>", fuse_unk=True,
+                    byte_fallback=True),
+                normalizer=start, decoder=behind, post_processor=template("<s>", pieces["<s>"]),
+                added_tokens=[added(7, "<unk>"), added(pieces["<s>"], "<s>", normalized=late)],
+            ),
+            ["ab", " ab", "  ab ab", "", " ", "é☕ab", "ab<unk>ab", "<unk> ab", "<s>ab", "ab<s>ab",
+             "ab <s> ab", "▁ab"],
+        ) for late in (True, False)},
         "a control token that is a word of the vocabulary": (
             whole(
                 bpe(vocab(alphabet, "ab", "abcd", "Ġabcd"), ["a b"], ignore_merges=True),

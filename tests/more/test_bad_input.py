@@ -175,7 +175,7 @@ def a_folder_for_a_file(place):
 
 UNIGRAM = {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}, "added_tokens": []}
 SPOILT = {                             # what is wrong -> how it is made wrong, a word
-    "rows are no list": (rows("{}"), "train.json: not a list but a dict"),
+    "rows are no list": (rows("{}"), "train.json: a JSON list is needed, not a dict"),
     "rows are not JSON": (rows('[{"instruction": "is'), "train.json: not JSON, or cut short"),
     "no rows": (rows("[]"), "train.json: an empty list"),
     "a row without an answer": (rows(json.dumps([ROW, {**ROW, "answer": None}])), "row 1"),

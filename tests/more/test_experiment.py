@@ -75,6 +75,9 @@ def test_the_rows_are_means_over_the_seeds(made):
         paths = [made[0] / f"tiny-{arm}-seed{seed}" / "eval" / "boolq.json" for seed in (0, 1)]
         found = [json.loads(path.read_text())["accuracy"] for path in paths]
         assert rows[arm]["mean"] == sum(found) / 2
+        losses = [json.loads(path.read_text())["nll"] for path in paths]
+        assert rows[arm]["nll"] == sum(losses) / 2 > 0
+    assert rows["none"]["nll_difference"] is None and len(rows["reg-lam0.05"]["nll_interval"]) == 2
 
 
 def test_finished_runs_are_not_trained_again(made, capsys):
@@ -120,6 +123,8 @@ def test_compare_shows_a_folder_again(made):
     assert json.loads(output(["--compare", made[0], "--json"])) == made[2]
     text = output(["--compare", made[0]])
     assert text.splitlines()[2].split() == "arm seeds accuracy, % difference to none".split()
+    assert text.splitlines()[9].split() == "arm seeds nll difference to none".split()
+    assert max(map(len, text.splitlines())) <= 100
     assert "reg-lam0.05" in text and "95% interval" in text and "the paper" not in text
 
 

@@ -12,9 +12,10 @@ from conftest import ROOT
 from data import command
 from data.tasks import load as load_examples
 from eval import keys_of, load, which_model
-from infosteer import key_entropy
-from lab.flux import (arm_of, first_runs, flux_numbers, flux_of, flux_sections, main, measure_flux,
-                      readable, token_flux)
+from helpers import checkpoint_folder
+from infosteer import Steering, key_entropy
+from lab.flux import (POSITIONS, arm_of, first_runs, flux_numbers, flux_of, flux_sections, main,
+                      measure_flux, readable, token_flux)
 from lab.stats import runs_from
 from lab.words import CLASSES
 
@@ -37,9 +38,37 @@ def test_flux_is_the_entropy_of_the_key_coefficients_averaged_over_layers(llama)
     item, = measure_flux(model, tokenizer, [(prompt, TEXT)])
     ids, n = tokenizer.encode(prompt), len(tokenizer.encode(TEXT, bos=False))
     [keys] = keys_of(model, [ids + tokenizer.encode(TEXT, bos=False)])         # of each layer
-    expected = torch.stack([key_entropy(k[-n:]) for k in keys]).mean(0)
-    assert len(keys) == model.config.n_layers and len(item["flux"]) == n
-    torch.testing.assert_close(item["flux"], expected)
+    expected = torch.stack([key_entropy(k) for k in keys]).mean(0)                 # [P + n]
+    assert len(keys) == model.config.n_layers
+    torch.testing.assert_close(item["fed"], expected[-n:])
+    torch.testing.assert_close(item["generating"], expected[-n - 1:-1])
+
+
+def test_a_token_is_generated_where_the_one_before_it_is_fed(llama):
+    """By a loop: after each prefix, the model predicts the next token at its last position."""
+    model, tokenizer = llama
+    prompt, text = "Where does Ulmo live?\n", "Ulmo lives in Kestow."
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(text, bos=False)
+    item, = measure_flux(model, tokenizer, [(prompt, text)])
+    for i, id in enumerate(ids):
+        for position, prefix in (("generating", before + ids[:i]), ("fed", before + ids[:i + 1])):
+            [keys] = keys_of(model, [prefix])
+            flux = sum(key_entropy(k[-1]).item() for k in keys) / len(keys)
+            assert item[position][i].item() == pytest.approx(flux, abs=1e-4)
+        with torch.no_grad():
+            own = -model(torch.tensor([before + ids[:i]]))[0, -1].log_softmax(-1)[id].item()
+        assert item["surprisal"][i].item() == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize("keeps", [Steering("int", p=0.3, alpha=3.0), Steering("reg", lam=0.05)])
+def test_a_steered_flux_is_of_the_keys_as_they_were_changed(llama, keeps):
+    model, tokenizer = llama
+    item, = measure_flux(model, tokenizer, [("", TEXT)], steering=keeps)
+    [keys] = keys_of(model, [tokenizer.encode(TEXT)], keeps)
+    expected = torch.stack([key_entropy(k) for k in keys]).mean(0)
+    torch.testing.assert_close(item["fed"], expected[1:])
+    plain, = measure_flux(model, tokenizer, [("", TEXT)])
+    assert torch.equal(item["fed"], plain["fed"]) == (keeps.method == "reg")
 
 
 def test_surprisal_is_of_the_token_itself_and_next_is_of_the_one_after_it(llama):
@@ -54,11 +83,32 @@ def test_surprisal_is_of_the_token_itself_and_next_is_of_the_one_after_it(llama)
     assert item["next"][-1].isnan(), "nothing follows a text"
 
 
-def test_a_first_token_that_nothing_precedes_has_flux_but_no_surprisal(llama):
+def test_the_very_first_place_is_not_read(llama):
     model, tokenizer = llama
-    flux, surprisal = token_flux(model, [], tokenizer.encode(TEXT, bos=False))
-    assert surprisal.isnan().tolist() == [True] + [False] * (len(flux) - 1)
-    assert flux.isfinite().all()
+    ids = tokenizer.encode(TEXT, bos=False)
+    for prompt, fed, generating, own in (([], 1, 2, 1), ([5], 0, 1, 0), ([5, 6], 0, 0, 0)):
+        flux, surprisal = token_flux(model, prompt, ids)
+        for values, unknown in ((flux["fed"], fed), (flux["generating"], generating),
+                                (surprisal, own)):
+            assert values.isnan().tolist() == [True] * unknown + [False] * (len(ids) - unknown)
+        torch.testing.assert_close(flux["generating"][1:], flux["fed"][:-1], equal_nan=True)
+
+
+def test_such_a_token_is_shown_as_not_measured_and_is_in_no_mean(tmp_path, capsys):
+    """Qwen's tokenizer puts no beginning of text before a text; the toy Qwen's puts one."""
+    folder = checkpoint_folder(tmp_path / "model", "qwen2")
+    status, out, _ = call(capsys, "--model", folder, "--text", "a b c", "--json")
+    [model] = json.loads(out)["models"]
+    tokens = model["shown"][0]["tokens"]
+    assert status == 0 and {token["tokens"] for token in tokens} == {1}
+    for key, lost in (("generating", 2), ("fed", 1)):
+        values = [token[key] for token in tokens]
+        assert values[:lost] == [None] * lost and None not in values[lost:]
+        assert model[key]["n"] == len(values[lost:])
+        assert model[key]["mean"] == pytest.approx(sum(values[lost:]) / len(values[lost:]))
+        _, out, _ = call(capsys, "--model", folder, "--text", "a b c", "--position", key)
+        assert out.split("base    ")[1].startswith("(a)")
+    assert [token["level"] == 3 for token in tokens] == [True] * 2 + [False] * (len(tokens) - 2)
 
 
 def test_an_answer_is_the_greedy_one_and_its_end_is_read_but_not_shown(llama):
@@ -69,17 +119,18 @@ def test_an_answer_is_the_greedy_one_and_its_end_is_read_but_not_shown(llama):
     text = tokenizer.decode(answer[:-1])
     assert answer[-1] == tokenizer.eos_id
     assert "".join(piece["text"] for piece in item["pieces"]) == text
-    assert len(item["flux"]) == len(answer) - 1
+    assert len(item["fed"]) == len(item["generating"]) == len(answer) - 1
     assert item["next"].isfinite().all(), "the end of an answer is what follows its last token"
     read, = measure_flux(model, tokenizer, [(prompt, text)])
-    torch.testing.assert_close(read["flux"], item["flux"])
+    torch.testing.assert_close(read["fed"], item["fed"])
+    torch.testing.assert_close(read["generating"], item["generating"])
 
 
 def test_an_answer_that_was_cut_is_shown_whole_and_nothing_follows_it(llama):
     model, tokenizer = llama
     prompt = load_examples(ROOT / "data" / "toy", "toy-sums", "test")[0].prompt
     item, = measure_flux(model, tokenizer, [(prompt, None)], 3)
-    assert len(item["flux"]) == 3 and sum(piece["tokens"] for piece in item["pieces"]) == 3
+    assert len(item["fed"]) == 3 and sum(piece["tokens"] for piece in item["pieces"]) == 3
     assert item["next"].isnan().tolist() == [False, False, True]
 
 
@@ -114,13 +165,17 @@ def test_bytes_of_no_character_are_pieces_of_their_own(llama):
 
 
 def test_a_piece_has_the_mean_flux_of_its_tokens(llama):
-    item, = measure_flux(*llama, [("", "Ulmo 🙂 lives")])
+    item, = measure_flux(*llama, [("", "🙂 Ulmo 🙂 lives")])
     start = 0
     for piece in item["pieces"]:
-        flux = item["flux"][start:start + piece["tokens"]]
-        assert piece["flux"] == pytest.approx(flux.mean().item())
+        for at in POSITIONS:
+            flux = item[at][start:start + piece["tokens"]]
+            if start == 0 and at == "generating":
+                assert flux[0].isnan()
+                flux = flux[1:]
+            assert piece[at] == pytest.approx(flux.mean().item())
         start += piece["tokens"]
-    assert start == len(item["flux"])
+    assert start == len(item["fed"])
 
 
 # ----------------------------------------------------------------------------- the numbers
@@ -142,9 +197,9 @@ def test_the_numbers_of_measured_texts():
     for t in range(7):
         here = text == t
         pieces = [{"class": CLASSES[i], "tokens": 1} for i in group[here]]
-        measured.append({"flux": flux[here], "surprisal": own[here], "next": following[here],
+        measured.append({"fed": flux[here], "surprisal": own[here], "next": following[here],
                          "pieces": pieces})
-    numbers = flux_numbers(measured)
+    numbers = flux_numbers(measured, "fed")
     assert numbers["n"] == N and numbers["mean"] == pytest.approx(flux.mean().item())
     raw, within = numbers["correlations"]["own"].values()
     assert raw["r"] == pytest.approx(correlation(flux, own), abs=1e-6) and raw["n"] == N
@@ -162,21 +217,25 @@ def test_the_numbers_of_measured_texts():
 
 def test_a_piece_of_several_tokens_counts_as_several():
     flux = torch.tensor([1.0, 2.0, 6.0])
-    item = {"flux": flux, "surprisal": flux, "next": flux,
+    item = {"generating": flux, "surprisal": flux, "next": flux,
             "pieces": [{"class": "content", "tokens": 2}, {"class": "digits", "tokens": 1}]}
-    classes = flux_numbers([item])["classes"]
+    classes = flux_numbers([item], "generating")["classes"]
     assert (classes["content"]["mean"], classes["content"]["n"]) == (1.5, 2)
     assert (classes["digits"]["mean"], classes["digits"]["n"]) == (6, 1)
 
 
-def test_levels_are_thirds_of_a_model_s_own_tokens():
-    result = flux_of([LLAMA], [("", TEXT), ("", "The town of Ulmo Zeller is Kestow.")])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_levels_are_thirds_of_a_model_s_own_tokens(position):
+    items = [("", TEXT), ("", "The town of Ulmo Zeller is Kestow.")]
+    result = flux_of([LLAMA], items, position=position)
     [model] = result["models"]
-    low, high = model["cuts"]
-    for item in model["shown"]:
-        for token in item["tokens"]:
-            assert token["level"] == (token["flux"] > low) + (token["flux"] > high)
-    levels = [token["level"] for item in model["shown"] for token in item["tokens"]]
+    low, high = model[position]["cuts"]
+    tokens = [token for item in model["shown"] for token in item["tokens"]]
+    assert [token["level"] == 3 for token in tokens].count(True) == 2 * (position == "generating")
+    read = [token for token in tokens if token[position] is not None]
+    for token in read:
+        assert token["level"] == (token[position] > low) + (token[position] > high)
+    levels = [token["level"] for token in read]
     assert max(levels.count(i) for i in range(3)) - min(levels.count(i) for i in range(3)) <= 1
 
 
@@ -235,8 +294,10 @@ def test_the_first_seed_of_each_arm_stands_beside_the_base_model(runs, capsys):
     assert [(model["arm"], model["seed"]) for model in models] == [
         ("base", None), ("none", 0), ("int-p0.05", 3)]
     base, plain, _ = models
-    assert base["shown"] == plain["shown"] and base["mean"] == plain["mean"], "the same weights"
-    assert base["n"] == sum(cell["n"] for cell in base["classes"].values())
+    for at in POSITIONS:
+        assert base[at] == plain[at], "the same weights"
+        assert base[at]["n"] == sum(cell["n"] for cell in base[at]["classes"].values())
+    assert base["shown"] == plain["shown"]
     assert len(base["shown"]) == 2
 
 
@@ -267,6 +328,45 @@ def test_people_see_a_line_for_each_model_below_each_prompt(runs, capsys):
     assert all("[[" in line for line in lines[at[0] + 1:at[0] + 4])
 
 
+def test_tasks_take_turns_and_have_a_table(capsys):
+    flags = ["--model", LLAMA, "--task", "toy-sums,toy-cloze", "--items", 3]
+    _, out, _ = call(capsys, *flags)
+    prompts = [load_examples(ROOT / "data" / "toy", name, "test")[i].prompt.rstrip()
+               for i, name in ((0, "toy-sums"), (0, "toy-cloze"), (1, "toy-sums"))]
+    shown = [line.split(maxsplit=1)[1] for line in out.splitlines() if line[:7] == "prompt "]
+    assert shown == [prompt.replace("\n", "↵") for prompt in prompts]
+    assert re.search(r"model +position +toy-sums +toy-cloze\nbase +generating +\d\.\d{3} ± ", out)
+    [model] = json.loads(call(capsys, *flags, "--json")[1])["models"]
+    for at in POSITIONS:
+        parts = [of[at] for of in model["tasks"].values()]
+        total = sum(part["mean"] * part["n"] for part in parts)
+        assert total / sum(part["n"] for part in parts) == pytest.approx(model[at]["mean"])
+    [alone] = json.loads(call(capsys, *flags[:3], "toy-cloze", *flags[4:], "--json")[1])["models"]
+    assert alone["fed"]["mean"] == pytest.approx(model["tasks"]["toy-cloze"]["fed"]["mean"])
+
+
+def test_a_prompt_of_one_s_own_is_answered(capsys):
+    prompt = "Where does Ulmo Zeller live?\n"
+    _, out, _ = call(capsys, "--model", LLAMA, "--prompt", prompt, "--max-new-tokens", 5)
+    model, tokenizer = load(LLAMA)
+    answer, = model.generate([tokenizer.encode(prompt)], 5)
+    shown = next(line for line in out.splitlines() if line.startswith("base "))
+    assert "prompt  Where does Ulmo Zeller live?" in out and "own greedy answer." in out
+    text = tokenizer.decode(answer).lstrip().replace("\n", "↵")
+    assert re.sub(r"^base +|[\[\]]", "", shown) == text
+
+
+def test_a_run_keeps_its_steering_when_asked_to(runs, capsys):
+    flags = ["--items", 2, "--json", "--runs", runs]
+    plain, steered = (json.loads(call(capsys, *flags, *more)[1])["models"]
+                      for more in ([], ["--steered"]))
+    assert [model["title"] for model in steered] == ["base", "none", "int-p0.05, steered"]
+    assert plain[:2] == steered[:2] and plain[2]["fed"] == plain[0]["fed"]
+    assert plain[2]["fed"]["mean"] != steered[2]["fed"]["mean"]
+    status, _, error = call(capsys, "--model", LLAMA, "--text", TEXT, "--steered")
+    assert status == 2 and "--steered: none of these models was trained with" in error
+
+
 class Text(HTMLParser):
     """The tags and the text of a page."""
 
@@ -293,10 +393,11 @@ def test_a_hostile_text_is_shown_and_does_nothing(tmp_path, capsys):
         texts = [token["text"] for token in tokens]
         assert "".join(texts) == HOSTILE
         assert "<|end_of_text|>" not in texts, "what looks like a control token is plain text"
-        assert {token["level"] for token in tokens} == {0, 1, 2}
-        assert model["standard_error"] is None and model["classes"]["copied"]["n"] == 0
-        assert model["correlations"]["next"]["within"]["standard_error"] is None
-        assert model["correlations"]["next"]["raw"]["n"] == model["n"] - 1
+        assert {token["level"] for token in tokens[1:]} == {0, 1, 2} and tokens[0]["level"] == 3
+        for numbers in (model[at] for at in POSITIONS):
+            assert numbers["standard_error"] is None and numbers["classes"]["copied"]["n"] == 0
+            assert numbers["correlations"]["next"]["within"]["standard_error"] is None
+            assert numbers["correlations"]["next"]["raw"]["n"] == numbers["n"] - 1
     whole = path.read_text(encoding="utf-8")
     page = Text(whole)
     assert "script" not in page.tags and {"table", "div", "h2"} <= page.tags
@@ -335,8 +436,9 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--text", ""], "--text is empty"),
-    (["--text", " \n"], "--text is empty"),
+    (["--text", ""], "--text or --prompt is empty"),
+    (["--prompt", " \n"], "--text or --prompt is empty"),
+    (["--prompt", "a", "--text", "a b"], "--text"),
     (["--text", "a"], "is one token"),
     (["--text", "a b", "--task", "boolq"], "--text"),
     (["--model", LLAMA, "--runs", "."], "--runs"),

@@ -90,7 +90,7 @@ def test_the_default_command_scores_base_and_run_on_three_suites(tmp_path, capsy
     *_, last = out.rstrip().splitlines()
     assert last == "next       python -m lab.experiment --steer none int reg --seed 0 1 2"
     table = out[out.index("accuracy, %"):].splitlines()
-    assert table[0].split() == ["accuracy,", "%", "n", "chance", "base", "reg"]
+    assert table[0].split() == ["accuracy,", "%", "n", "chance", "base", "nll", "reg", "nll"]
     rows = {line.strip().split("  ")[0] for line in table[1:]}
     assert {*SUITES, *TOY} <= rows
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"llama-base", "run"}

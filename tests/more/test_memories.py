@@ -2,6 +2,7 @@
 found out once and then kept."""
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ MODEL = TOY_FOLDER / "llama"
 def small_model(n_layers=3, V=40, d=8, d_m=12, **raw):
     """Random weights and an LM head of its own. They are large, so that some memories are sure of
     what they say."""
-    raw = dict(model_type="llama", vocab_size=V, hidden_size=d, intermediate_size=d_m,
-               num_hidden_layers=n_layers, num_attention_heads=2, torch_dtype="float32", **raw)
+    raw = {"model_type": "llama", "vocab_size": V, "hidden_size": d, "intermediate_size": d_m,
+           "num_hidden_layers": n_layers, "num_attention_heads": 2, "torch_dtype": "float32", **raw}
     model = Transformer(Config.from_dict(raw)).initialise(0).requires_grad_(False)
     for block in model.blocks:
         block.memory.values.weight *= 40
@@ -72,6 +73,60 @@ def test_the_index_says_what_a_computation_by_hand_says(tmp_path):
     assert index["entropy"].min() < 2.5 < 3.4 < index["entropy"].max()         # both kinds occur
 
 
+def rms_norm(x, norm):
+    """By hand, in Python's doubles: a list of numbers and the module."""
+    rms = math.sqrt(sum(a * a for a in x) / len(x) + norm.eps)
+    return [a / rms * (norm.offset + w) for a, w in zip(x, norm.weight.tolist())]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_through_the_lens_a_memory_is_read_as_a_hidden_state_is(family, tmp_path):
+    """Gemma 2 has a norm for what a block adds, and a soft cap of the logits, too."""
+    model = small_model(n_layers=2, model_type=family, head_dim=4, final_logit_softcapping=(
+        None if family == "llama" else 5.0))
+    for module in model.modules():
+        if hasattr(module, "offset"):
+            module.weight.copy_(torch.rand(module.weight.shape,
+                                           generator=torch.Generator().manual_seed(3)) - 0.3)
+    index = memories.memory_index(model, "a model", tmp_path / "index", how="lens")
+    for layer, block in enumerate(model.blocks):
+        for i, v in enumerate(block.memory.values.weight.T.tolist()):
+            added = rms_norm(v, block.after_memory) if family == "gemma2" else v
+            z = rms_norm(added, model.norm)
+            logits = [sum(a * b for a, b in zip(z, w)) for w in model.decode.tolist()]
+            if family == "gemma2":
+                logits = [5 * math.tanh(logit / 5) for logit in logits]
+            log_z = math.log(sum(map(math.exp, logits)))
+            log_p = sorted((logit - log_z for logit in logits), reverse=True)
+            H = -sum(math.exp(a) * a for a in log_p)
+            assert index["log_z"][layer, i].item() == pytest.approx(log_z, abs=1e-4)
+            assert index["entropy"][layer, i].item() == pytest.approx(H, abs=1e-4)
+            assert index["log_p"][layer, i].tolist() == pytest.approx(log_p[:10], abs=1e-4)
+            mean = sum(logits) / 40
+            spread = math.sqrt(sum((logit - mean) ** 2 for logit in logits) / 40)
+            clarity = (sorted(logits)[-5] - mean) / spread
+            assert index["clarity"][layer, i].item() == pytest.approx(clarity, abs=1e-4)
+
+
+def test_the_length_of_a_vector_changes_its_raw_specificity_and_nothing_of_its_clarity():
+    g = torch.Generator().manual_seed(0)
+    v, head = torch.randn(3, 8, generator=g), torch.randn(40, 8, generator=g)
+    said, shorter = (memories.decode(scale * v, head) for scale in (1.0, 0.1))
+    torch.testing.assert_close(said["clarity"], shorter["clarity"])
+    assert (shorter["entropy"] > said["entropy"] + 0.5).all()
+
+
+def test_memories_are_decoded_through_the_lens_where_raw_they_say_nothing():
+    model = small_model()
+    assert memories.choose_decoding(model)[0] == "raw"
+    for block in model.blocks:
+        block.memory.values.weight *= 1e-4
+    how, why = memories.choose_decoding(model)
+    assert how == "lens" and "which is below 0.001" in why
+    model.blocks[1].memory.values.weight[:, 3] *= 1e4          # one that says something is enough
+    assert memories.choose_decoding(model)[0] == "raw"
+
+
 def test_a_tied_head_is_the_embedding(tmp_path):
     model, tied = small_model(), small_model(tie_word_embeddings=True)
     tied.embed.weight.copy_(model.head.weight)
@@ -97,13 +152,16 @@ def test_weights_in_bfloat16_are_multiplied_in_float32(tmp_path):
     assert same(rounded, memories.memory_index(model.float(), "a model", tmp_path / "b"))
 
 
-def test_a_token_is_found_with_one_product(llama, tmp_path):
+@pytest.mark.parametrize("how", ["raw", "lens"])
+def test_a_token_is_found_with_one_product(llama, how, tmp_path):
     model, tokenizer, _ = llama
     token = memories.single_token(" Brindale", tokenizer)
-    index = memories.memory_index(model, "a model", tmp_path / "index")
-    found = memories.token_search(model, tokenizer, token, index)["found"]
-    p = torch.stack([block.memory.values.weight.T.double() @ model.decode.T.double()
-                     for block in model.blocks]).softmax(-1)                   # [4, 384, V]
+    index = memories.memory_index(model, "a model", tmp_path / "index", how=how)
+    found = memories.token_search(model, tokenizer, token, index, how)["found"]
+    v = torch.stack([block.memory.values.weight.T.double() for block in model.blocks])
+    if how == "lens":
+        v = v / (v.square().mean(-1, keepdim=True) + model.norm.eps).sqrt() * model.norm.weight
+    p = (v @ model.decode.T.double()).softmax(-1)                              # [4, 384, V]
     best = p[:, :, token].flatten().topk(20)
     assert [(row["layer"] - 1) * 384 + row["memory"] for row in found] == best.indices.tolist()
     assert [row["probability"] for row in found] == pytest.approx(best.values.tolist(), rel=1e-4)
@@ -111,7 +169,8 @@ def test_a_token_is_found_with_one_product(llama, tmp_path):
         here = p[row["layer"] - 1, row["memory"]]                              # [V]
         spec = 1 + (here * here.log()).sum().item() / math.log(1408)
         assert row["rank"] == 1 + int((here > here[token]).sum())
-        assert row["specificity"] == pytest.approx(spec, abs=1e-6)
+        assert row["specificity"] == pytest.approx(spec, abs=1e-5)
+        assert row["ratio"] == pytest.approx(1408 * row["probability"])
         assert [concept["id"] for concept in row["concepts"]] == here.topk(10).indices.tolist()
 
 
@@ -145,6 +204,35 @@ def test_triggers_are_those_of_a_search_through_all_keys(llama, tmp_path):
         assert torch.equal(triggers["at"][:, end].long(), torch.tensor(places)[order])
 
 
+def test_a_memory_is_active_where_it_is_in_the_largest_hundredth(llama, tmp_path):
+    model, _, texts = llama
+    triggers = memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
+    expected = [[0] * 384 for _ in range(4)]
+    with torch.no_grad():
+        for ids, places, keys in zip(texts, memories.new_contexts(texts), keys_of(model, texts)):
+            for layer, k in enumerate(keys):
+                for at in places:
+                    for i in sorted(range(384), key=k[at].tolist().__getitem__)[-3:]:
+                        expected[layer][i] += 1                # 3 of 384 are a hundredth
+    assert triggers["active"].tolist() == expected
+
+
+def test_the_clearest_memories_are_active_and_stand_in_order(llama, tmp_path):
+    model, tokenizer, texts = llama
+    examples = load(TOY_FOLDER, "toy-facts", "train")[:len(texts)]
+    index = memories.memory_index(model, "a model", tmp_path / "index")
+    triggers = memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
+    read = triggers, texts, examples
+    found = memories.survey(tokenizer, 1408, index, 7, *read)["clearest"]
+    often = [(-index["clarity"][layer, i].item(), layer + 1, i) for layer in range(4)
+             for i in range(384) if triggers["active"][layer, i] >= 5]
+    assert [[row["layer"], row["memory"]] for row in found] == [
+        [layer, i] for _, layer, i in sorted(often)[:7]]
+    assert 0 < len(often) < 4 * 384
+    every = memories.survey(tokenizer, 1408, index, 9999, *read)
+    assert len(every["clearest"]) == len(often)
+
+
 def test_fewer_contexts_than_places_leave_places_free(llama, tmp_path):
     texts = [[1, 2, 3, 4]]                                                     # two contexts
     triggers = memories.memory_triggers(llama[0], "a model", texts, tmp_path / "triggers")
@@ -168,7 +256,7 @@ def test_a_memory_that_says_what_follows_agrees(llama, tmp_path):
     texts = [[0, 1, 2, 3, 4, 5], [0, 3, 4, 5, 6]]
     index = memories.memory_index(model, "a model", tmp_path / "index")
     triggers = memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
-    result = memories.survey(model, llama[1], index, triggers, texts)
+    result = memories.survey(llama[1], 8, index, 1, triggers, texts, [None] * 2)
     first, second = (row["agreement"] for row in result["by_layer"])
     assert first == {"n": 4, "share": 1.0, "standard_error": 0.0, "chance": 0.25}
     assert second == {"n": 4, "share": 0.0, "standard_error": 0.0, "chance": 3 / 16}
@@ -193,23 +281,15 @@ def test_the_second_look_computes_nothing_again(tmp_path, capsys):
     flags = ["--items", 5, "--out", tmp_path, "--json"]
     first = run(capsys, *flags)
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert written.keys() == {"memories.safetensors", "memory_triggers.safetensors"}
+    assert written.keys() == {"memories_raw.safetensors", "memory_triggers.safetensors"}
     assert run(capsys, *flags) == first
     assert len(json.loads(run(capsys, *flags, "--token", " Brindale"))["found"]) == 20
     assert written == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-
-
-def test_the_most_specific_memories_are_listed_from_the_top_the_most_general_from_the_bottom(
-        llama, tmp_path):
-    model, tokenizer, texts = llama
-    index = memories.memory_index(model, "a model", tmp_path / "index")
-    triggers = memories.memory_triggers(model, "a model", texts, tmp_path / "triggers")
-    rows = memories.survey(model, tokenizer, index, triggers, texts)["by_layer"]
-    for row, entropies in zip(rows, index["entropy"].tolist()):
-        for name, sign in (("most_specific", 1), ("most_general", -1)):
-            shown = [entropies[memory["memory"]] for memory in row[name]]
-            expected = sorted(entropies)[::sign][:5]
-            assert shown == pytest.approx(expected, abs=1e-6)
+    lens = run(capsys, *flags, "--decode", "lens")
+    assert lens != first and (tmp_path / "memories_lens.safetensors").is_file()
+    assert run(capsys, *flags) == first                        # both lie beside each other
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert written.items() < after.items() and len(after) == 3
 
 
 def test_an_interrupted_index_goes_on_where_it_stopped(tmp_path):
@@ -340,7 +420,22 @@ def test_the_table_of_a_token_names_it_and_the_memories_that_promote_it(tmp_path
     text = run(capsys, "--items", 2, "--out", tmp_path, "--token", " Brindale")
     assert "make ' Brindale' (id 1138) most probable" in text
     row = next(line for line in text.splitlines() if line.startswith("4:315"))
-    assert "' Brindale' 0.104%" in row
+    assert "' Brindale' x1.46" in row                          # 0.104% of 1/1408 each
+    assert "--decode raw, since raw Spec goes up to 0.001 here, which is not below" in text
+
+
+def test_the_clearest_are_shown_with_what_calls_them(tmp_path, capsys):
+    text = run(capsys, "--items", 50, "--out", tmp_path, "--clearest", 2)
+    first, second = text.split("\nmemory ")[1:]
+    heading = r"\d:\d+, clarity \d+\.\d, Spec 0\.000\d+, active in \d+ contexts\nsays '"
+    assert re.match(heading, first) and re.match(heading, second)
+    assert [part.count("«") for part in (first, second)] == [3, 3]
+
+
+@pytest.mark.parametrize("ratio, text", [(1.0449, "x1.04"), (12345.6, "x12,300"), (99.96, "x100"),
+                                         (262144, "x262,000"), (0.00012345, "x0.000123")])
+def test_ratios_have_three_digits(ratio, text):
+    assert memories.times(ratio) == text
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -377,8 +472,8 @@ def test_every_id_has_a_text():
 
 def test_no_token_moves_the_cursor():
     memory = {"layer": 1, "memory": 0, "specificity": 0.5,
-              "concepts": [{"token": "\x1b[31m\n", "probability": 0.5}]}
-    assert memories.row_of(memory) == ["1:0", "0.500000", r"'\x1b[31m\n' 50%"]
+              "concepts": [{"token": "\x1b[31m\n", "ratio": 20.0}]}
+    assert memories.row_of(memory) == ["1:0", "0.500000", r"'\x1b[31m\n' x20"]
 
 
 def test_the_texts_are_the_same_each_time():
@@ -391,3 +486,19 @@ def test_the_texts_are_the_same_each_time():
 def test_a_task_without_a_training_split_lends_its_test_split():
     examples = memories.development_examples(["toy-common"], TOY_FOLDER, 3)
     assert examples[0] in load(TOY_FOLDER, "toy-common", "test")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name, how, word", [("smollm2-135m-instruct", "raw", " right"),
+                                             ("gemma-3-270m", "lens", None)])
+def test_memories_of_published_models(real_models, name, how, word):
+    """Raw, SmolLM2's memory 28:1263 says " right". Gemma's vectors are too short to be read raw."""
+    folder = real_models / name
+    model = Transformer.from_pretrained(folder, torch.bfloat16)
+    assert memories.choose_decoding(model)[0] == how
+    if word:
+        tokenizer = Tokenizer.from_pretrained(folder)
+        v, cap = memories.decodable(model, 27, how)
+        said = memories.decode(v[1263, None], model.decode.float(), cap)
+        first = [tokenizer.decode([id]) for id in said["ids"][0, :4].tolist()]
+        assert first[0] == word and {one.strip().lower() for one in first} == {"right"}

@@ -272,7 +272,7 @@ def test_the_recorded_hash_is_accepted(site, tmp_path, capsys):
 @pytest.mark.parametrize("body, says", [
     (b"<!DOCTYPE html><title>Log in to the network</title>", "not JSON"), (b"", "not JSON"),
     (published("boolq")[:-5], "cut short"), (b"[]", "an empty list"),
-    (b'{"message": "moved"}', "not a list"), (published("AddSub"), "row 0"),
+    (b'{"message": "moved"}', "list is needed"), (published("AddSub"), "row 0"),
     (b"\x1f\x8b\x08", "not UTF-8")])
 def test_a_page_that_is_not_the_file_is_refused(site, tmp_path, body, says):
     site.files[BOOLQ] = body

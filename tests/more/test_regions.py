@@ -1,5 +1,6 @@
 """After this file you know what the key regions of Fig. 4 are and how runs are compared by them."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from data import BadInput
 from data.tasks import load
 from eval import TOY_FOLDER, keys_of
 from eval import load as load_model
+from infosteer import Steering
 from lab import regions
 
 
@@ -79,3 +81,33 @@ def test_regions_of_a_folder_of_runs(runs, capsys):
 def test_regions_without_runs_say_how_to_make_some(tmp_path):
     with pytest.raises(BadInput, match="no finished run of train.py that began with"):
         regions.main(["--runs", str(tmp_path)])
+
+
+def test_a_steered_run_is_counted_with_its_coefficients_changed(texts):
+    model, _ = load_model(TOY_FOLDER / "llama")
+    raised = Steering("int", p=0.2, alpha=4.0)
+    plain, cuts = regions.key_regions(model, texts)
+    shares, _ = regions.key_regions(model, texts, cuts, raised)
+    with torch.no_grad():
+        keys = [torch.cat(of_texts) for of_texts in zip(*keys_of(model, texts, raised))]
+    for layer, k in enumerate(keys):
+        low = (k.abs() <= cuts[layer, 0, 0]).double().mean().item()
+        assert shares[layer, 0, 0].item() == pytest.approx(low)
+    assert (shares[:, 0, 0] < plain[:, 0, 0] - 0.1).all()      # the idle fifth has left
+
+
+def test_the_steering_of_runs_is_kept_when_asked_to(runs, tmp_path, capsys):
+    runs = shutil.copytree(runs, tmp_path / "out")
+    with pytest.raises(BadInput, match="--steered: none of these models was trained with"):
+        regions.main(["--runs", str(runs), "--items", "3", "--steered"])
+    train.main(["--steer", "int", "--p", "0.2", "--alpha", "4", "--steps", "2", "--warmup", "1",
+                "--lr", "0.01", "--limit", "20", "--device", "cpu", "--train-only",
+                "--out", str(runs / "llama-int-seed0")])
+    capsys.readouterr()
+    results = []
+    for flags in ([], ["--steered"]):
+        regions.main(["--runs", str(runs), "--items", "3", "--device", "cpu", "--json", *flags])
+        results.append(json.loads(capsys.readouterr().out)["arms"])
+    plain, steered = results
+    assert plain["reg"] == steered["reg"] and plain["base"] == steered["base"]
+    assert steered["int-p0.2-alpha4"]["mean"][0][0] < plain["int-p0.2-alpha4"]["mean"][0][0] - 0.1

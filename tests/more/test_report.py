@@ -12,12 +12,12 @@ from data import BadInput
 from helpers import checkpoint_folder, write_task
 from lab.experiment import main as experiment
 from lab.report import claims, claims_section, main, report, verdict
-from lab.stats import compare, find_runs, percent
+from lab.stats import compare, difference, find_runs, percent
 
 HEADINGS = ["What was run", "What the paper claims, and what is seen here", "Accuracy",
             "Suite by suite", "Task by task (the paper's Fig. 3)", "Training",
             "Key regions (the paper's Fig. 4)", "Flux, token by token",
-            "Mean flux of kinds of words", "The most specific memories"]
+            "Mean flux of kinds of words", "Clear memories"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,8 @@ def test_the_report_shows_everything_and_asks_nobody(made, tmp_path, capsys):
     assert not page.asked and "<script" not in text
     assert "://" not in re.sub(r'xmlns="[^"]*"', "", text)
     for row in compare(find_runs(folder)):
-        assert percent(row) in text
+        assert percent(row) in text and f"{row['nll']:.3f} ± " * (row["seeds"] > 1) in text
+        assert difference(row) in text and difference(row, "nll_", 1, 3) in text
     for run in find_runs(folder):
         assert html.escape(run["settings"].get("command", "")) in text
 
@@ -153,8 +154,13 @@ def test_the_flux_of_content_words_is_compared_with_that_of_others():
 
     classes = {"content": words(5.0), "punctuation": words(4.0), "function": words(5.01),
                "copied": words(5.2), "digits": {"mean": None, "standard_error": None, "n": 0}}
-    found = claims([], None, {"models": [{"title": "base", "classes": classes}]})
-    assert [line[3] for line in found] == ["as in the paper", "not shown", "the opposite"]
+    other = {**classes, "punctuation": words(6.0)}
+    model = {"title": "base", "generating": {"classes": classes}, "fed": {"classes": other}}
+    found = claims([], None, {"models": [model]})
+    assert [line[1] for line in found] == 3 * ["answers of base, generating"] + 3 * [
+        "answers of base, fed"]
+    assert [line[3] for line in found] == ["as in the paper", "not shown", "the opposite",
+                                           "the opposite", "not shown", "the opposite"]
     assert found[0][2] == "+1.000 ± 0.014 nats"
 
 

@@ -15,10 +15,10 @@ from lab.stats import (T975, clustered_mean, compare, comparison_table, differen
                        suites_of, terciles)
 
 
-def scored(arm, accuracies, model="m", tasks=("toy-cloze", "toy-plain")):
-    """Runs as find_runs gives them, from {seed: accuracy}."""
-    return [{"model": model, "arm": arm, "seed": seed, "scores": dict.fromkeys(tasks, accuracy)}
-            for seed, accuracy in accuracies.items()]
+def scored(arm, accuracies, model="m", tasks=("toy-cloze", "toy-plain"), nll={}):
+    """Runs as find_runs gives them, from {seed: accuracy} and {seed: nll}."""
+    return [{"model": model, "arm": arm, "seed": seed, "scores": dict.fromkeys(tasks, accuracy),
+             "nll": dict.fromkeys(tasks, nll.get(seed))} for seed, accuracy in accuracies.items()]
 
 
 def by_arm(rows):
@@ -86,12 +86,45 @@ def test_a_run_that_lacks_a_task_of_a_suite_is_left_out_of_that_suite():
 
 
 def test_the_accuracy_of_a_suite_is_the_mean_over_its_tasks():
-    run = {"model": "m", "arm": "none", "seed": 0, "scores": {"toy-cloze": 0.2, "toy-plain": 0.6}}
+    run = {"model": "m", "arm": "none", "seed": 0, "scores": {"toy-cloze": 0.2, "toy-plain": 0.6},
+           "nll": {"toy-cloze": 1.5, "toy-plain": 0.5}}
     assert len({TOY[name].suite for name in run["scores"]}) == 1
     assert [row["mean"] for row in compare([run])] == [pytest.approx(0.4)]
+    assert [row["nll"] for row in compare([run])] == [1]
     single = compare([run], {name: [name] for name in run["scores"]})
     assert [(row["suite"], row["mean"]) for row in single] == [
         ("toy-cloze", 0.2), ("toy-plain", 0.6)]
+
+
+def test_the_nll_is_averaged_and_paired_by_seed_as_the_accuracy_is():
+    none = scored("none", {0: 0.5, 1: 0.5, 2: 0.5}, nll={0: 1.0, 1: 2.0, 2: 3.0})
+    reg = scored("reg", {2: 0.5, 0: 0.5, 1: 0.5}, nll={2: 2.99, 0: 0.98, 1: 1.97})
+    rows = by_arm(compare(none + reg))
+    assert (rows["none"]["nll"], rows["none"]["nll_difference"]) == (2, None)
+    assert rows["none"]["nll_standard_error"] == pytest.approx(1 / math.sqrt(3))
+    # the differences are -0.02, -0.03 and -0.01: mean -0.02, standard deviation 0.01
+    half = 4.303 * 0.01 / math.sqrt(3)
+    assert rows["reg"]["nll_difference"] == pytest.approx(-0.02)
+    assert rows["reg"]["nll_interval"] == pytest.approx([-0.02 - half, -0.02 + half])
+    assert difference(rows["reg"], "nll_", 1, 3) == "not shown: -0.020 [-0.045, +0.005]"
+
+
+def test_a_task_without_responses_has_no_part_in_the_nll_of_its_suite():
+    run = {"model": "m", "arm": "none", "seed": 0, "scores": {"mawps": 0.2, "AddSub": 0.6},
+           "nll": {"mawps": None, "AddSub": 0.5}}
+    row, = compare([run], {"out": ["mawps", "AddSub"]})
+    assert (row["mean"], row["nll"]) == (pytest.approx(0.4), 0.5)
+    row, = compare([run], {"out": ["mawps"]})
+    assert (row["mean"], row["nll"], row["nll_standard_error"]) == (0.2, None, None)
+
+
+def test_an_arm_of_which_a_run_has_no_nll_shows_none():
+    none = scored("none", {0: 0.5, 1: 0.5}, nll={0: 1.0, 1: 2.0})
+    rows = by_arm(compare(none + scored("reg", {0: 0.5, 1: 0.6}, nll={0: 1.0})))   # one is older
+    assert rows["none"]["nll"] == 1.5 and rows["reg"]["nll"] is None
+    assert (rows["reg"]["difference"], rows["reg"]["nll_difference"]) == (pytest.approx(0.05), None)
+    line = comparison_table([*rows.values()]).splitlines()[10]
+    assert line.split() == ["reg", "2", "-"]
 
 
 def test_runs_of_two_models_are_never_compared():
@@ -126,8 +159,9 @@ def test_accuracies_are_percents_with_one_decimal():
 
 
 def test_in_the_table_the_word_none_is_an_arm_and_never_a_verdict():
-    runs = (scored("none", {0: 0.5, 1: 0.6}) + scored("int", {0: 0.5, 1: 0.7})
-            + scored("reg", {0: 0.7, 1: 0.8}))
+    runs = (scored("none", {0: 0.5, 1: 0.6}, nll={0: 1, 1: 2})
+            + scored("int", {0: 0.5, 1: 0.7}, nll={0: 1.25, 1: 1.5})
+            + scored("reg", {0: 0.7, 1: 0.8}, nll={0: 0.5, 1: 1.5}))
     text = comparison_table(compare(runs))
     assert [line.split() for line in text.splitlines()[:7]] == [
         ["m"], [],
@@ -136,6 +170,13 @@ def test_in_the_table_the_word_none_is_an_arm_and_never_a_verdict():
         ["none", "2", "55.0", "±", "5.0"],
         ["int", "2", "60.0", "±", "10.0", "not", "shown:", "+5.0", "[-58.5,", "+68.5]"],
         ["reg", "2", "75.0", "±", "5.0", "+20.0", "[+20.0,", "+20.0]"]]
+    assert [line.split() for line in text.splitlines()[7:13]] == [
+        [],
+        ["arm", "seeds", "nll", "difference", "to", "none"],
+        TOY["toy-cloze"].suite.split(),
+        ["none", "2", "1.500", "±", "0.500"],
+        ["int", "2", "1.375", "±", "0.125", "not", "shown:", "-0.125", "[-4.890,", "+4.640]"],
+        ["reg", "2", "1.000", "±", "0.500", "-0.500", "[-0.500,", "-0.500]"]]
 
 
 def test_the_paper_s_figures_stand_beside_ours():
@@ -150,7 +191,8 @@ def test_the_paper_s_figures_stand_beside_ours():
 # ---------------------------------------------------------------------------- a folder of runs
 
 
-def make_run(folder, steering="none", seed=0, scores={"boolq": 0.5}, model="x/m", sha="1", **more):
+def make_run(folder, steering="none", seed=0, scores={"boolq": 0.5}, model="x/m", sha="1", nll={},
+             **more):
     """A finished run's folder, without weights."""
     (folder / "eval").mkdir(parents=True)
     settings = {"model": model, "model_sha256": sha * 64, "seed": seed, **more}
@@ -158,7 +200,7 @@ def make_run(folder, steering="none", seed=0, scores={"boolq": 0.5}, model="x/m"
         settings["steering"] = Steering(steering).settings
     (folder / "args.json").write_text(json.dumps(settings))
     for task, accuracy in scores.items():
-        summary = {"task": task, "accuracy": accuracy}
+        summary = {"task": task, "accuracy": accuracy, **nll}
         (folder / "eval" / f"{task}.json").write_text(json.dumps(summary))
     return folder
 
@@ -178,6 +220,14 @@ def test_scores_of_a_part_or_under_other_settings_do_not_count(tmp_path):
     make_run(tmp_path / "m-none-seed0", scores={"boolq": 0.5, "boolq-first10": 1, "more": 1})
     run, = find_runs(tmp_path)
     assert run["scores"] == {"boolq": 0.5}
+
+
+def test_the_nll_of_a_summary_counts_and_an_older_one_has_none(tmp_path):
+    make_run(tmp_path / "m-none-seed0", nll={"nll": 1.25})
+    make_run(tmp_path / "m-reg-seed0", "reg")
+    make_run(tmp_path / "m-int-seed0", "int", nll={"nll": None})           # nothing to take it of
+    assert {row["arm"]: row["nll"] for row in compare(find_runs(tmp_path))} == {
+        "none": 1.25, "int": None, "reg": None}
 
 
 def test_a_base_model_is_an_arm_without_a_seed(tmp_path):
@@ -203,7 +253,7 @@ def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.parametrize("file, text, message", [
-    ("args.json", "{", "not readable as JSON"),
+    ("args.json", "{", "not JSON, or cut short"),
     ("args.json", '{"steering": {"method": "none"}, "model": 3}', "model is 3"),
     ("args.json", '{"steering": {"method": "none"}, "model": "m"}', "model_sha256 is None"),
     ("args.json", '{"steering": {}, "model": "m", "model_sha256": "1", "seed": ""}', "seed is ''"),
@@ -211,6 +261,9 @@ def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path):
     ("eval/boolq.json", "[]", "a JSON object is needed"),
     ("eval/boolq.json", '{"accuracy": 7}', "accuracy is 7"),
     ("eval/boolq.json", '{"accuracy": true}', "accuracy is True"),
+    ("eval/boolq.json", '{"accuracy": 1, "nll": "1"}', "nll is '1'"),
+    ("eval/boolq.json", '{"accuracy": 1, "nll": -1}', "nll is -1"),
+    ("eval/boolq.json", '{"accuracy": 1, "nll": NaN}', "nll is nan"),
 ])
 def test_one_damaged_run_costs_a_line_and_not_the_others(tmp_path, capsys, file, text, message):
     make_run(tmp_path / "m-none-seed0")

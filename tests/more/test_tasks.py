@@ -162,7 +162,7 @@ def refused(folder, name, split="test"):
 BAD_FILES = [
     (b"", "not JSON"), (b"[", "cut short"), (json.dumps([BOOLQ]).encode()[:-9], "cut short"),
     (b"<!DOCTYPE html>", "DOCTYPE"), (b'[{"instruction": "caf\xe9"}]', "not UTF-8 text (byte 21)"),
-    (b"{}", "not a list but a dict"), (b"null", "not a list but a NoneType"),
+    (b"{}", "list is needed, not a dict"), (b"null", "list is needed, not a NoneType"),
     (b"[]", "an empty list"), (b"[" * 200_000, "not JSON"), (b"[" + b"9" * 5000 + b"]", "not JSON")]
 
 

@@ -180,10 +180,10 @@ def tie(folder):
 
 SPOILT = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "not JSON, or cut short"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "a JSON object is needed"),
     "config is not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"),
-                            "not readable as JSON"),
+                            "not UTF-8 text"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "only a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
                       "only safetensors are read"),
