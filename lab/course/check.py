@@ -24,49 +24,40 @@ CLOSE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.f
 
 
 def outcomes(number, trees, seeds, folder, seconds=SECONDS, request={}, **process):
-    """Run an assignment's parts on trees {name: tree} -> ({seed: answers}, exit status). `folder`
-    keeps the outcomes. The parts of a single tree, a student's, run in a process each. request:
-    more for probe.py; process: more for Popen."""
-    jobs = []
-    for n, tree in enumerate(map(str, trees.values())):
-        parts = [(part, seed, str(place(folder, n, seed, i)))
-                 for seed in seeds for i, part in enumerate(load(number).PARTS)]
-        jobs += [(tree, number, some)
-                 for some in ([[one] for one in parts] if len(trees) == 1 else [parts])]
-    words = [sys.executable, "-B", Path(jobs[0][0], "lab", "course", "probe.py"),
-             json.dumps({"jobs": jobs, "seconds": seconds, **request})]
-    process |= dict(stdin=subprocess.DEVNULL, start_new_session=True)
-    stopped = suppress(subprocess.TimeoutExpired, OSError, AttributeError)
-    with subprocess.Popen(words, **process) as running, stopped:
-        try:
-            running.wait(len(trees) * len(parts) * seconds + 60)       # students may stop it
-        finally:
+    """Run an assignment's parts on trees {name: tree} -> ({seed: answers}, exit status). The parts
+    of a single tree, a student's, run in a process each. `folder` keeps the outcomes. request: more
+    for probe.py, which has it from its standard input; process: more for Popen."""
+    parts = [(part, seed, f"-{seed}-{i}.safetensors")
+             for seed in seeds for i, part in enumerate(load(number).PARTS)]
+    jobs = [(str(tree), number, [(part, seed, str(Path(folder, f"{n}{file}")))
+                                 for part, seed, file in some])
+            for n, tree in enumerate(trees.values())
+            for some in ([parts] if len(trees) > 1 else [[one] for one in parts])]
+    request = json.dumps({"jobs": jobs, "seconds": seconds, **request})
+    probe = Path(jobs[0][0], "lab", "course", "probe.py")
+    with subprocess.Popen([sys.executable, "-B", probe], stdin=subprocess.PIPE, text=True,
+                          start_new_session=True, **process) as running:
+        with suppress(subprocess.TimeoutExpired, OSError):     # students may stop it
+            running.communicate(request, len(trees) * len(parts) * seconds + 60)
+        with suppress(OSError, AttributeError):
             running.kill()
             os.killpg(running.pid, signal.SIGKILL)     # what it left behind; not on Windows
     return {seed: read_answers(number, trees, seed, folder) for seed in seeds}, running.returncode
 
 
-def place(folder, n, seed, i):
-    """Where the outcome of an answer's part is kept, both by their numbers."""
-    return Path(folder, f"{n}-{seed}-{i}.safetensors")
-
-
 def read_answers(number, names, seed, folder):
-    return {name: {part: read_outcome(place(folder, n, seed, i))
+    """The answers of these names, in this order, that probe.py left in a folder."""
+    return {name: {part: read_outcome(Path(folder, f"{n}-{seed}-{i}.safetensors"))
                    for i, part in enumerate(load(number).PARTS)} for n, name in enumerate(names)}
 
 
-def read_outcome(path):
-    """What probe.py wrote of a part. Nothing of the project reads it: students change that."""
+def read_outcome(path):                # without the project's own reader, which students change
     with suppress(SafetensorError, OSError, TypeError, KeyError):
         if path.is_file():             # a pipe would let us wait for ever
             with safe_open(path, framework="pt") as file:
                 return {"error": file.metadata()["error"],
                         **{case: file.get_tensor(case) for case in file.keys()}}
     return {"error": "Ended: its process left no result"}
-
-
-# ------------------------------------------------------------------------------- what is wrong
 
 
 def same(one, other):
@@ -80,24 +71,21 @@ def same(one, other):
 
 
 def alike(one, other):
-    """In how many cases are two outcomes the same?"""
-    return sum(same(one.get(case), other.get(case)) for case in one | other)
-
-
-def agree(one, other):
-    return alike(one, other) == len(one | other)
+    """In what share of the cases are two outcomes the same? 1 if they are."""
+    return sum(same(one.get(case), other.get(case)) for case in one | other) / len(one | other)
 
 
 def diagnose(found, answers, sentences):
     """{part: None where it is right, else why not}: the sentence of the known wrong answer that
-    gives the same, and of several the one that does so in most else; or what differs."""
+    gives the same, and of several the one that is most like it in all parts; or what differs."""
     likely = sorted(sentences, reverse=True, key=lambda name: sum(
-        alike(found[part], outcome) for part, outcome in answers[name].items()))
+        alike(outcome, answers[name][part]) for part, outcome in found.items()))
     verdicts = {}
     for part, outcome in found.items():
-        known = [sentences[name] for name in likely if agree(outcome, answers[name][part])]
-        right = answers["reference"][part]
-        verdicts[part] = None if agree(outcome, right) else [*known, difference(outcome, right)][0]
+        right, *wrong = (answers[name][part] for name in ("reference", *likely))
+        known = [sentences[name] for name, one in zip(likely, wrong) if alike(outcome, one) == 1]
+        verdicts[part] = (None if alike(outcome, right) == 1 else
+                          known[0] if known else difference(outcome, right))
     return verdicts
 
 
@@ -122,9 +110,6 @@ def short(thing):
     """A tensor's numbers with five digits each; a text as it is."""
     text = str(thing.tolist() if torch.is_tensor(thing) else thing)
     return re.sub(r"-?\d+\.\d+(e[-+]\d+)?", lambda number: f"{float(number[0]):.5g}", text)
-
-
-# ----------------------------------------------------------------------------------- commands
 
 
 def check(number):

@@ -1,10 +1,9 @@
 """Run an assignment's parts on the code of a tree. Nothing here knows what is right.
 
-    python lab/course/probe.py REQUEST
-
-Each job [tree, number, [[part, seed, file], ...]] runs in a process of its own, with limits on time
-and memory. For each part it writes a safetensors file: the tensors of its cases and, as `error`,
-what went wrong. The exit status is 3 if students' code could read the reference.
+The request comes from standard input. Each job (tree, number, [(part, seed, file)]) runs in a
+process of its own, with limits on time and memory, and writes a safetensors file for each part: the
+tensors of its cases and, as `error`, what went wrong. The exit status is 3 if students' code could
+read the reference.
 """
 import ctypes
 import importlib
@@ -54,9 +53,8 @@ def run(tree, number, parts):
 
 
 def confine(read, write):
-    """Let this process and its children read only in the folders `read`, and write only in the
-    folder `write`. It is Linux's Landlock, which needs no root. Where there is none, nothing
-    happens."""
+    """Let this process and its children read in the folders `read` alone, and write in the folder
+    `write`: Linux's Landlock, which needs no root. Where there is none, nothing happens."""
     libc = ctypes.CDLL(None)
     every = 2 ** min(12 + libc.syscall(444, None, 0, 1), 15) - 1               # kinds of access
     rules = libc.syscall(444, struct.pack("Q", every), 8, 0)
@@ -68,7 +66,7 @@ def confine(read, write):
 
 
 def main():
-    request, status = json.loads(sys.argv[1]), 0
+    request, status = json.load(sys.stdin), 0
     torch.set_num_threads(1)
     if secret := request.get("secret"):        # a student's code is graded
         if sys.platform == "linux":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data import BadInput, progress, write_whole
 from lab.course import EXPECTED, HERE, PUBLIC_SEED, ROOT, SHARES, load, title
-from lab.course.check import SECONDS, agree, diagnose, outcomes
+from lab.course.check import SECONDS, alike, diagnose, outcomes
 
 SHIPPED = ("*.py", "requirements.txt", ".gitignore", "data/*.*", "data/toy/*.json",
            "data/toy/*/*.json", "data/toy/*/model.safetensors", "lab/*.py", "tests/conftest.py",
@@ -37,67 +37,57 @@ WARNING = ("nothing keeps the student's code from reading the grader's files her
 # -------------------------------------------------------------------------------- definitions
 
 
-def bound(node):
-    """The names that a statement defines."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return {node.name}
-    return {(one.asname or one.name).split(".")[0] if isinstance(one, ast.alias) else one.id
-            for one in ast.walk(node) if isinstance(one, ast.alias)
-            or isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
-
-
-def units(source):
-    """A file cut into its statements, classes into their members too: [(names, text)]. The texts,
-    joined, are the file. Raises SyntaxError."""
-    cuts = [(0, set())]                # (its first line, the names it defines)
+def spans(source):
+    """The statements of a file, and those in its classes: [(names that it defines, the place of its
+    first line, the place behind its last)]. Raises SyntaxError."""
+    found = []
     for node in ast.parse(source).body:
         inside = node.body if isinstance(node, ast.ClassDef) else []
         for one, prefix in [(node, ""), *((member, f"{node.name}.") for member in inside)]:
+            names = {one.name} if hasattr(one, "name") else {       # of a definition; of others
+                (part.asname or part.name).split(".")[0] if isinstance(part, ast.alias) else part.id
+                for part in ast.walk(one) if isinstance(part, ast.alias)
+                or isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
             first = min(part.lineno for part in (one, *getattr(one, "decorator_list", ())))
-            if bound(one) or not prefix:       # a class keeps its docstring
-                cuts.append((first - 1, {prefix + name for name in bound(one)}))
-    lines = source.splitlines(keepends=True)
-    ends = [first for first, _ in cuts[1:]] + [len(lines)]
-    return [(names, "".join(lines[first:end])) for (first, names), end in zip(cuts, ends)]
+            found.append(({prefix + name for name in names}, first - 1, one.end_lineno))
+    return found
 
 
-def merged(clean, theirs, wanted, removed=frozenset()):
-    """The text of a file: its units, with the definitions `wanted` that other units have in the
-    place of its own, and with all that these add."""
-    places = {name: n for n, (names, _) in [*enumerate(clean)][::-1] for name in names}
-    known, added, mine = places.keys() - wanted - removed, [""] * len(clean), set()
-    last = inside = min(places[name.split(".")[0]] for name in wanted) - 1
-    for names, text in theirs:         # what is new stands behind what it stood behind
-        own, member = [places[name] for name in names & places.keys()], "." in "".join(names)
-        last = last if member else max([last, inside, *own])
-        inside = max([*own, inside] if member else own or [last])      # a method is in its class
-        if names - known:
-            added[inside if member else last] += text
-            mine |= names - known
-    return "".join(text * (not names & mine) + more for (names, text), more in zip(clean, added))
+def additions(theirs, clean, wanted, removed):
+    """What a student's file adds to the clean one, as text for its end: the definitions `wanted`,
+    and what is new. A method becomes that of a class which takes its class's name."""
+    known = set().union(*(names for names, *_ in spans(clean))) - wanted - removed
+    lines, texts = theirs.splitlines(keepends=True), [clean.rstrip(), "\n\n\n"]
+    for names, first, last in spans(theirs):
+        owner, _, member = min(names, default="").partition(".")
+        if names - known and (owner in known or not member) and "__future__" not in lines[first]:
+            texts += [f"class {owner}({owner}):\n" * bool(member), *lines[first:last], "\n"]
+    return "".join(texts)
 
 
 def rewrite(path, name, new):
-    """Put new(text) in the place of the first definition of `name` in a file, and remove its
-    others. Raises BadInput where there is none."""
-    parts = units(path.read_text("utf-8"))
-    names = {one for own, _ in parts for one in own if f"{one}.".startswith(f"{name}.")}
-    if name not in names:
+    """Put new(text) in the place of a file's first definition of `name`, and remove its others.
+    Raises BadInput where there is none."""
+    text = path.read_text("utf-8")
+    lines = text.splitlines(keepends=True)
+    found = [place for names, *place in spans(text) if name in names]
+    if not found:
         raise BadInput(f"{path.name}: there is no {name}; has it moved?")
-    text = next(text for own, text in parts if name in own)
-    write_whole(path, merged(parts, [(names, new(text))], names))
+    for first, last in found[:0:-1]:
+        del lines[first:last]
+    first, last = found[0]
+    write_whole(path, "".join([*lines[:first], new("".join(lines[first:last])), *lines[last:]]))
 
 
 def stub(text, message):
     """A function's head and docstring, with an exception for a body; nothing for another thing."""
-    node = ast.parse(textwrap.dedent(re.sub(r"(?m)^#.*", "", text))).body[0]
+    node = ast.parse(textwrap.dedent(text)).body[0]
     if not isinstance(node, ast.FunctionDef):
         return ""
     head = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
-    lines = text.splitlines(keepends=True)
-    indent = re.match(r"\s*", lines[node.lineno - 1])[0]
-    lines[head:node.end_lineno] = [f'{indent}    raise NotImplementedError("{message}")\n']
-    return "".join(lines)
+    indent = re.match(" *", text)[0]
+    return "".join(text.splitlines(keepends=True)[:head]) + (
+        f'{indent}    raise NotImplementedError("{message}")\n')
 
 
 # -------------------------------------------------------------------------------------- trees
@@ -115,19 +105,19 @@ def make_tree(number, out, seed=PUBLIC_SEED):
     if not secret:
         raise BadInput(f"{own}: has no line {NOT_HANDED_OUT.strip()!r}")
     write_whole(out / own.relative_to(ROOT), public.rstrip() + "\n")
-    for name, text in {**dict.fromkeys(assignment.REMOVE), **assignment.BLANK}.items():
+    for name, new in {**dict.fromkeys(assignment.REMOVE), **assignment.BLANK}.items():
         file, _, own = name.partition("::")
         why = f"assignment {number}: write {own}"
         if name not in assignment.BLANK:
             why = "left out here, as it would give the answer away"
-            text = "" if file.startswith("tests") else None
+            new = (lambda old: "") if file.startswith("tests") else None
         if own:
-            rewrite(out / file, own, text if callable(text) else
-                    lambda old: stub(old, why) if text is None else text)
-        elif name in assignment.BLANK:
-            write_whole(out / file, text)
-        else:
+            rewrite(out / file, own, new if callable(new) else
+                    lambda old: stub(old, why) if new is None else new)
+        elif new is None:
             (out / file).unlink()
+        else:
+            write_whole(out / file, new)
     getattr(assignment, "prepare", lambda tree, seed: None)(out, seed)
 
 
@@ -141,10 +131,8 @@ def graft(number, clean, answers, out):
         wanted = {own for where, _, own in (name.partition("::") for name in assignment.BLANK)
                   if where == file}
         try:
-            if wanted != {""}:
-                parts = units((out / file).read_text("utf-8"))
-                text = merged(parts, units(text + "\n"), wanted, removed)
-            write_whole(out / file, text)
+            write_whole(out / file, text if wanted == {""} else
+                        additions(text, (out / file).read_text("utf-8"), wanted, removed))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
             raise BadInput(f"{file}{line}: {(error.args or ['nested too deeply'])[0]}") from None
@@ -348,7 +336,7 @@ def faults(number, seeds=(PUBLIC_SEED, 1)):
             problems += [] if ok else [f"seed {seed}, {name}: {verdicts}"]
         problems += [f"seed {seed}: {one} and {other} give the same"
                      for one, other in itertools.combinations(known, 2)
-                     if all(agree(known[one][part], known[other][part]) for part in known[one])]
+                     if all(alike(known[one][part], known[other][part]) == 1 for part in known[one])]
     return problems
 
 

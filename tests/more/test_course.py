@@ -12,7 +12,7 @@ from conftest import ROOT
 from data import BadInput
 from lab.course import load, numbers
 from lab.course.__main__ import read_settings
-from lab.course.teacher import faults, grade, handout, leaks, merged, units, written
+from lab.course.teacher import additions, faults, grade, handout, leaks, written
 
 ALL = numbers()
 RIGHT = """
@@ -112,7 +112,7 @@ import importlib, json, sys
 import torch
 from pathlib import Path
 from lab.course import EXPECTED, load
-from lab.course.check import agree, read_answers
+from lab.course.check import alike, read_answers
 
 number, found = int(sys.argv[1]), []
 reference = read_answers(number, ["reference"], 0, EXPECTED)["reference"]
@@ -142,7 +142,7 @@ for blank in load(number).BLANK:
                      for n, (case, found) in enumerate(cases(0))}
         except BaseException:
             continue
-        found += [f"{name} for {blank}"] * agree({**given, "error": ""}, reference[part])
+        found += [f"{name} for {blank}"] * (alike({**given, "error": ""}, reference[part]) == 1)
     setattr(owner, own, before)
 print(json.dumps([len(candidates), found]))
 """
@@ -212,7 +212,7 @@ def test_helpers_and_imports_are_taken_and_changes_elsewhere_are_not():
     theirs = ("import os\nimport math\n\n\ndef one():\n    return 7\n\n\ndef half():\n    return "
               "math.pi / 2\n\n\ndef two():\n    return half() + one()\n")
     made = {}
-    exec(merged(units(clean), units(theirs), {"two"}), made)
+    exec(additions(theirs, clean, {"two"}, set()), made)
     assert made["two"]() == pytest.approx(1 + 3.14159265 / 2)
 
 
@@ -221,7 +221,7 @@ def test_a_method_is_taken_with_the_methods_that_are_new():
     theirs = "class A:\n    size = 5\n\n    def g(self):\n        return 2\n\n" \
              "    def f(self):\n        return self.g() * self.size\n"
     made = {}
-    exec(merged(units(clean), units(theirs), {"A.f"}), made)
+    exec(additions(theirs, clean, {"A.f"}, set()), made)
     assert made["A"]().f() == 6
 
 
@@ -230,7 +230,7 @@ def test_a_method_stays_in_its_class_in_whatever_order_definitions_stand():
     theirs = "def one():\n    return 1\n\nclass B:\n    x = 2\n\nclass A:\n" \
              "    def f(self):\n        return B.x + one()\n"
     made = {}
-    exec(merged(units(clean), units(theirs), {"A.f", "one"}), made)
+    exec(additions(theirs, clean, {"A.f", "one"}, set()), made)
     assert made["A"]().f() == 3
 
 
@@ -328,7 +328,7 @@ def key_entropy(k, normalise="magnitude"):
     attempt(lambda: os.replace({results!r}, {results!r} + ".bak"))
     def judge():
         import lab.course.check
-        lab.course.check.agree = lambda one, other: True
+        lab.course.check.alike = lambda one, other: 1
         lab.course.check.diagnose = lambda found, *_: dict.fromkeys(found)
         return "patched"
     attempt(judge)
