@@ -76,18 +76,21 @@ def main():
             open(secret).close()
             status = 3
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    for tree, number, parts in request["jobs"]:
-        process = context.Process(target=run, args=(tree, number, parts))
-        process.start()
-        process.join(request["seconds"] * len(parts))
-        error = f"Ended: its process ended by itself, with exit code {process.exitcode}"
-        if process.is_alive():
-            error = f"Late: it took longer than {request['seconds']} seconds and was stopped"
-        process.kill()
-        process.join()
-        for *_, file in parts:
-            if not os.path.exists(file):
-                save_file({}, file, {"error": error})
+    jobs, at_once = request["jobs"], min(os.cpu_count(), 4)
+    for some in (jobs[start:start + at_once] for start in range(0, len(jobs), at_once)):
+        processes = [context.Process(target=run, args=job) for job in some]
+        for process in processes:
+            process.start()
+        for process, (*_, parts) in zip(processes, some):
+            process.join(request["seconds"] * len(parts))
+            error = f"Ended: its process ended by itself, with exit code {process.exitcode}"
+            if process.is_alive():
+                error = f"Late: it took longer than {request['seconds']} seconds and was stopped"
+            process.kill()
+            process.join()
+            for *_, file in parts:
+                if not os.path.exists(file):
+                    save_file({}, file, {"error": error})
     sys.exit(status)
 
 

@@ -54,10 +54,10 @@ def spans(source):
 
 
 def additions(theirs, clean, wanted, removed):
-    """What a student's file adds to the clean one, as text for its end: the definitions `wanted`,
+    """What a student's file adds to the clean one, as text for the end: the definitions `wanted`,
     and what is new. A method becomes that of a class which takes its class's name."""
     known = set().union(*(names for names, *_ in spans(clean))) - wanted - removed
-    lines, texts = theirs.splitlines(keepends=True), [clean.rstrip(), "\n\n\n"]
+    lines, texts = theirs.splitlines(keepends=True), []
     for names, first, last in spans(theirs):
         owner, _, member = min(names, default="").partition(".")
         if names - known and (owner in known or not member) and "__future__" not in lines[first]:
@@ -131,8 +131,10 @@ def graft(number, clean, answers, out):
         wanted = {own for where, _, own in (name.partition("::") for name in assignment.BLANK)
                   if where == file}
         try:
-            write_whole(out / file, text if wanted == {""} else
-                        additions(text, (out / file).read_text("utf-8"), wanted, removed))
+            if wanted != {""}:
+                before = (clean / file).read_text("utf-8")
+                text = (out / file).read_text("utf-8") + additions(text, before, wanted, removed)
+            write_whole(out / file, text)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
             raise BadInput(f"{file}{line}: {(error.args or ['nested too deeply'])[0]}") from None

@@ -212,7 +212,7 @@ def test_helpers_and_imports_are_taken_and_changes_elsewhere_are_not():
     theirs = ("import os\nimport math\n\n\ndef one():\n    return 7\n\n\ndef half():\n    return "
               "math.pi / 2\n\n\ndef two():\n    return half() + one()\n")
     made = {}
-    exec(additions(theirs, clean, {"two"}, set()), made)
+    exec(clean + additions(theirs, clean, {"two"}, set()), made)
     assert made["two"]() == pytest.approx(1 + 3.14159265 / 2)
 
 
@@ -221,7 +221,7 @@ def test_a_method_is_taken_with_the_methods_that_are_new():
     theirs = "class A:\n    size = 5\n\n    def g(self):\n        return 2\n\n" \
              "    def f(self):\n        return self.g() * self.size\n"
     made = {}
-    exec(additions(theirs, clean, {"A.f"}, set()), made)
+    exec(clean + additions(theirs, clean, {"A.f"}, set()), made)
     assert made["A"]().f() == 6
 
 
@@ -230,7 +230,7 @@ def test_a_method_stays_in_its_class_in_whatever_order_definitions_stand():
     theirs = "def one():\n    return 1\n\nclass B:\n    x = 2\n\nclass A:\n" \
              "    def f(self):\n        return B.x + one()\n"
     made = {}
-    exec(additions(theirs, clean, {"A.f", "one"}, set()), made)
+    exec(clean + additions(theirs, clean, {"A.f", "one"}, set()), made)
     assert made["A"]().f() == 3
 
 
