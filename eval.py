@@ -404,11 +404,12 @@ def change_line(model, prompts, steering):
     prompts' tokens of |FFN_steered(h) - FFN(h)| / |FFN(h)|, on the h of the unsteered model."""
     totals = torch.zeros(model.config.n_layers)
     with torch.inference_mode():
-        for keys in keys_of(model, prompts):
+        for row, keys in enumerate(keys_of(model, prompts)):
+            drawn = replace(steering, dice=torch.tensor([[0, 0, row]], device=keys[0].device))
             for layer, (k, block) in enumerate(zip(keys, model.blocks)):           # k: [T, d_m]
                 v = block.memory.values.weight.T                                   # [d_m, d]
                 plain = recall(k, v).float()                                       # [T, d]
-                moved = recall(steering.at(layer).change(k), v).float() - plain
+                moved = recall(drawn.at(layer).change(k[None])[0], v).float() - plain
                 totals[layer] += (moved.norm(dim=-1) / plain.norm(dim=-1)).sum().item()
     changes = (totals / sum(map(len, prompts))).tolist()
     return (f"{steering.name} changes what the memories of this model answer by "
@@ -480,9 +481,10 @@ def main(argv=None):
         for rank_by in RANKINGS:
             print(change_line(model, prompts, Steering("int", rank_by=rank_by)))
         return
-    if args.steered and not METHODS[steering_of(args.model).method].change:
+    if args.steered and (not METHODS[(kept := steering_of(args.model)).method].change
+                         or kept.method == "dropout" or "random" in kept.settings.values()):
         raise BadInput(f"--steered: {args.model} was not trained with a steering of the forward "
-                       "pass (--steer int), so there is none to keep")
+                       "pass (--steer int), or with a random one, so there is none to keep")
     summaries = score(args.model, names, data, args.out, args.score, args.device, args.dtype,
                       args.limit, args.max_new_tokens, args.steered, args.cache_gb, args.overwrite)
     if args.json:

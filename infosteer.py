@@ -6,6 +6,7 @@
     eq. 5    reg: the loss rewards a more uniform key distribution     key_entropy
     B.1      semantic, activation: int or reg, with a strength for each group of memories
     B.2      surrogate, surrogate-entropy: steering by what a memory says when decoded alone
+    rivals   dropout, knowledge-entropy, resuscitation: not in the paper, to compare with
 
 This file is the method and nothing else: tensors in, tensors out. `model.py` steers in one place,
 `KeyValueMemory`. Shapes: d_m memories, d model width, V vocabulary, [...] any number of tokens.
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from data.clusters import spherical_kmeans, split_groups, token_groups
 
-# ------------------------------------------------------------------- the paper's equations
+# ------------------------------------------------ the paper's equations, then what rivals them
 
 
 def key_coefficients(gate, up, act):
@@ -36,7 +37,7 @@ def recall(k, v):
     return k @ v
 
 
-def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude"):
+def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude", dice=None):
     """Raise the smallest key coefficients (eq. 4): k [..., d_m] -> [..., d_m].
 
         k_s <- alpha * mean_i(k_i)      for the max(1, round(p * d_m)) smallest k_s of each token
@@ -44,23 +45,27 @@ def intervene(k, p: float = 0.01, alpha: float = 1.0, rank_by: str = "magnitude"
     The mean is taken before the update. The gradient flows through the mean, not through replaced
     entries. The paper does not say what "smallest" means once k has both signs, as in gated layers:
     - "magnitude": the smallest |k| become alpha * mean|k| and keep their sign. A zero counts as
-      positive. These are the idle memories, which the method means to wake.
+      positive. These are the idle memories, which the method means to wake. The best outside
+      support for this reading is Kim et al. 2025, whom the paper cites: see `resuscitation`.
     - "value": the smallest k become alpha * mean(k). This is the literal reading. It picks the most
       negative coefficients. These belong to very active memories. Report both settings.
+    - "random": as many k become alpha * mean|k| and keep their sign. This is no reading but a
+      control: what it does as well has nothing to do with idle memories. Without `dice` k stays.
 
     >>> intervene(torch.tensor([4., -1., 3., -8.]), p=0.25)                       # mean|k| = 4
     tensor([ 4., -4.,  3., -8.])
     >>> intervene(torch.tensor([4., -1., 3., -8.]), p=0.25, rank_by="value")      # mean(k) = -0.5
     tensor([ 4.0000, -1.0000,  3.0000, -0.5000])
     """
-    if p == 0:
+    if p == 0 or rank_by == "random" and dice is None:
         return k
-    size = k.abs() if rank_by == "magnitude" else k                                # [..., d_m]
+    size = k if rank_by == "value" else k.abs()                                    # [..., d_m]
+    rank = uniform(dice, k) if rank_by == "random" else size
     n = max(1, round(p * k.shape[-1]))
-    smallest = size.topk(n, dim=-1, largest=False, sorted=False).indices           # [..., n]
+    smallest = rank.topk(n, dim=-1, largest=False, sorted=False).indices           # [..., n]
     mean = size.mean(-1, keepdim=True, dtype=accumulate(k)).to(k.dtype)            # [..., 1]
     raised = (alpha * mean).expand(smallest.shape)                                 # [..., n]
-    if rank_by == "magnitude":
+    if rank_by != "value":
         raised = torch.where(k.gather(-1, smallest) < 0, -raised, raised)
     return k.scatter(-1, smallest, raised)
 
@@ -81,8 +86,7 @@ def key_entropy(k, normalise: str = "magnitude"):
     if normalise == "softmax":
         log_q = k.to(accumulate(k)).log_softmax(-1)                                # [..., d_m]
         return -(log_q.exp() * log_q).sum(-1)
-    size = magnitudes(k)                                                           # [..., d_m]
-    q = size / size.sum(-1, keepdim=True)
+    q = shares(k)                                                                  # [..., d_m]
     return -(q * q.clamp_min(torch.finfo(q.dtype).tiny).log()).sum(-1)
 
 
@@ -96,22 +100,54 @@ def magnitudes(k):
     return k.abs().to(accumulate(k)).clamp_min(torch.finfo(accumulate(k)).tiny)
 
 
+def shares(k):
+    """q_i = |k_i| / sum_j |k_j|, the key distribution: [..., d_m] -> [..., d_m]."""
+    size = magnitudes(k)
+    return size / size.sum(-1, keepdim=True)
+
+
+def dropout(k, p: float, dice=None):
+    """k_i m_i / (1 - p), where m_i is 0 with probability p, else 1 (Srivastava et al. 2014):
+    k [B, T, d_m] -> [B, T, d_m]. Without dice, as at test time, k stays."""
+    return k if dice is None else k * (uniform(dice, k) >= p) / max(1 - p, 1e-9)
+
+
+def knowledge_entropy(k, usage):
+    """-sum_i q_i log qbar_i in nats: k [..., d_m] -> [...]. usage [d_m] is qbar, the mean of q over
+    the tokens of an optimizer step, a constant. So over these tokens the mean has the value and the
+    gradient of H(qbar), which grows as other tokens use other memories. It is the knowledge entropy
+    of Kim et al. 2025, who only measure it, and average |k| in place of q."""
+    return -(shares(k) * usage.clamp_min(torch.finfo(usage.dtype).tiny).log()).sum(-1)
+
+
+def uniform(dice, k):
+    """Numbers in [0, 1) for k [B, T, d_m]: hashes (SplitMix64, Steele et al. 2014) of dice [B, n],
+    position and memory. They are the same on any machine, when computed again, and in any pass."""
+    at = [torch.arange(n, device=k.device) for n in k.shape[-2:]]                  # [T], [d_m]
+    x = 0
+    for number in (*dice.T[..., None, None], at[0][:, None], at[1]):
+        x = x + number - 0x61C8864680B583EB
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            x = (x ^ x >> shift & 2**(64 - shift) - 1) * factor                    # [B, T, d_m]
+    return (x >> 40 & 2**24 - 1) / 2**24
+
+
 # ---------------------------------------------------------------------------------- settings
 
 RANKINGS, NORMALISATIONS, GENERIC = ("magnitude", "value"), ("magnitude", "softmax"), ("int", "reg")
-COUNT = 1, 2**20
+DIVERGENCES, COUNT = ("target", "memory"), (1, 2**20)
 LIMITS = {"p": (0, 1), "beta_max": (0, 1e30), "groups": COUNT, "subgroups": COUNT, "buckets": COUNT}
 STRENGTHS = ("p", "alpha", "lam", "beta_max", "gamma", "lambda_1", "lambda_2")
 
 
 @dataclass(frozen=True)
 class Steering:
-    """How to steer. p, alpha and lam have the paper's defaults (section 5.1); the other defaults
+    """How to steer. p, alpha and lam have the paper's defaults (section 5.1); all other defaults
     are ours. Raises ValueError for a setting outside its range."""
 
     method: str = "none"
-    p: float = 0.01                    # int: the fraction of the d_m coefficients that is raised
-    alpha: float = 1.0                 # int: they become alpha times the mean
+    p: float = 0.01                    # int, dropout, resuscitation: the fraction of the memories
+    alpha: float = 1.0                 # int, resuscitation: it becomes alpha times the mean
     rank_by: str = "magnitude"         # int: what "smallest" means, see `intervene`
     lam: float = 0.01                  # reg: lambda of eq. 5; a negative one concentrates the keys
     normalise: str = "magnitude"       # reg: how k becomes a distribution, see `key_entropy`
@@ -122,15 +158,18 @@ class Steering:
     gamma: float = 0.1                 # surrogate: growth of k_i per standard deviation of score
     lambda_1: float = 1.0              # surrogate: weight of a memory's entropy in its score
     lambda_2: float = 1.0              # surrogate: weight of its divergence from the target
+    divergence: str = "target"         # surrogate: which way round it is, see `divergence`
     buckets: int = 256                 # surrogate-entropy: groups of tokens, `mixture_entropy`
     # The layers that are steered, from 1 as in Table 8, and what differs there: {1: {"p": 0.1}}
     layers: dict[int, dict[str, float]] | None = None
-    # What a fine-grained method found out about each memory before training: [n_layers, d_m, ...]
+    # What a method found out about each memory, before training or a step: [n_layers, d_m, ...]
     per_memory: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    # While training: [B, 3] long, seed, step and row, of which all that is random is drawn
+    dice: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
-        for name, allowed in (("method", METHODS), ("rank_by", RANKINGS), ("generic", GENERIC),
-                              ("normalise", NORMALISATIONS)):
+        for name, allowed in dict(method=METHODS, rank_by=(*RANKINGS, "random"), generic=GENERIC,
+                                  normalise=NORMALISATIONS, divergence=DIVERGENCES).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; "
                                  f"choose one of {', '.join(allowed)}")
@@ -173,7 +212,8 @@ class Steering:
             return replace(self, method="none", layers=None, per_memory=None)
         strengths = (self.layers or {}).get(layer + 1, {})
         own = None if self.per_memory is None else self.per_memory[layer]
-        return replace(self, **strengths, layers=None, per_memory=own)
+        dice = None if self.dice is None else F.pad(self.dice, (0, 1), value=layer)    # [B, 4]
+        return replace(self, **strengths, layers=None, per_memory=own, dice=dice)
 
     def change(self, k):
         """What the method does in the forward pass of one layer: k [..., d_m] -> [..., d_m]."""
@@ -244,13 +284,27 @@ def strengths_by_group(steering, before):
 
 def amplification_by_surrogate(steering, before):
     """B.2: the factor 1 + gamma S(phi_i) of each memory, [n_layers, d_m]."""
-    target, factors = before.target / before.target.sum(), []
+    target, factors = before.target + (steering.divergence == "memory"), []    # log 0 is infinite
     for layer, v in enumerate(before.vectors):                                     # v: [d_m, d]
-        both = [(entropy(log_p), divergence(target, log_p))
+        both = [(entropy(log_p), divergence(target / target.sum(), log_p, steering.divergence))
                 for _, log_p in surrogates(v, before.decode)]
         h, kl, own = *map(torch.cat, zip(*both)), steering.at(layer)               # h, kl: [d_m]
         factors.append(1 + own.gamma * relevance(h, kl, own.lambda_1, own.lambda_2))
     return torch.stack(factors)
+
+
+def resuscitation(steering, before):
+    """Kim et al. 2025, "Knowledge Entropy Decay": the rows of key_up are scaled, once, before
+    training, by factors [n_layers, d_m]:
+
+        alpha * mean(usage) / usage_i    for the max(1, round(p * d_m)) least used, 1 for others
+
+    k_i is linear in its row, so usage, the mean |k_i| over development texts, changes as by eq. 4.
+    In their code p is the ratio, alpha the amplifying factor, and k that of a gated model, too."""
+    usage = sum(torch.stack([k.float().abs().sum(0) for k in keys]) for keys in before.keys)
+    usage = usage.clamp_min(1e-6 * usage.mean(-1, keepdim=True))                   # [L, d_m]
+    return torch.stack([intervene(of, s.p * (s.method != "none"), s.alpha) / of
+                        for of, s in zip(usage, map(steering.at, range(len(usage))))])
 
 
 def merged_surrogates(steering, before):
@@ -287,18 +341,16 @@ def entropy(log_p):
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def specificity(entropies, V: int):
-    """Spec(v) = 1 - H(P) / log V: 0 for a memory that says anything, 1 if it says one token."""
-    return 1 - entropies / torch.tensor(float(V)).log()
-
-
-def divergence(target, log_p):
-    """KL(target || P) in nats: target [V] sums to 1, log P [..., V] -> [...]."""
+def divergence(target, log_p, of: str = "target"):
+    """KL(target || P) in nats; of="memory": KL(P || target), as "divergence from the target" reads,
+    infinite where the target is 0. target [V] sums to 1, log P [..., V] -> [...]."""
+    if of == "memory":
+        return -entropy(log_p) - log_p.exp() @ target.log()
     return -torch.special.entr(target).sum() - log_p @ target
 
 
 def relevance(entropies, divergences, lambda_1: float = 1.0, lambda_2: float = 1.0):
-    """S(phi_i) = -lambda_1 H(P_i) - lambda_2 KL(P_target || P_i) of the memories of one layer, both
+    """S(phi_i) = -lambda_1 H(P_i) - lambda_2 `divergence` of P_i of the memories of one layer, both
     [d_m] -> [d_m], standardised to mean 0 and standard deviation 1 (0 where all are alike)."""
     score = -lambda_1 * entropies - lambda_2 * divergences
     score = score - score.mean()
@@ -312,7 +364,7 @@ def mixture_entropy(k, says):
 
     Two approximations make it affordable. Like tokens are merged into C groups, says[i, c] being
     the sum of P_i over group c: a lower bound, and equal to H(M) for C = V. And P_i is that of the
-    model before training."""
+    model before training. The mixture is our invention, the paper gives no formula for this."""
     with torch.autocast(k.device.type, enabled=False):         # x log x needs more digits than bf16
         a = k.to(accumulate(k)).abs()
         tiny = torch.finfo(a.dtype).tiny
@@ -327,7 +379,7 @@ def change_by_group(k, s):
     """k_i + beta_g dk_i, where dk is the change that int would make. reg makes none here."""
     if s.generic == "reg":
         return k
-    return torch.lerp(k, intervene(k, s.p, s.alpha, s.rank_by), s.per_memory.to(k.dtype))
+    return torch.lerp(k, intervene(k, s.p, s.alpha, s.rank_by, s.dice), s.per_memory.to(k.dtype))
 
 
 def only_flux(k, s):
@@ -354,23 +406,29 @@ class Method:
     change: Callable | None = None     # (k [..., d_m], the layer's steering) -> k
     measure: Callable = only_flux      # (k, the layer's steering) -> (flux, reward or None)
     per_memory: Callable | None = None             # (steering, Before) -> [n_layers, d_m, ...]
+    scales_keys: bool = False          # once, before training: row i of key_up by its per_memory
+    per_step: Callable | None = None   # k -> [..., d_m], whose mean over a step is its per_memory
 
 
 METHODS = {
     "none": Method(),
     "int": Method(("p", "alpha", "rank_by", "layers"),
-                  change=lambda k, s: intervene(k, s.p, s.alpha, s.rank_by)),
+                  change=lambda k, s: intervene(k, s.p, s.alpha, s.rank_by, s.dice)),
     "reg": Method(("lam", "normalise", "layers"), measure=flux_is_rewarded),
     "semantic": Method(("generic", "groups", "beta_max", "layers"),
                        change_by_group, flux_is_rewarded_by_group, strengths_by_group),
     "activation": Method(("generic", "groups", "subgroups", "beta_max", "layers"),
                          change_by_group, flux_is_rewarded_by_group, strengths_by_group),
-    "surrogate": Method(("gamma", "lambda_1", "lambda_2", "layers"),
+    "surrogate": Method(("gamma", "lambda_1", "lambda_2", "divergence", "layers"),
                         change=lambda k, s: k * s.per_memory.to(k.dtype),
                         per_memory=amplification_by_surrogate),
     "surrogate-entropy": Method(("lam", "buckets", "layers"), per_memory=merged_surrogates,
                                 measure=lambda k, s: (key_entropy(k.detach()),
                                                       mixture_entropy(k, s.per_memory))),
+    "dropout": Method(("p", "layers"), change=lambda k, s: dropout(k, s.p, s.dice)),
+    "knowledge-entropy": Method(("lam", "layers"), per_step=shares, measure=lambda k, s: (
+        key_entropy(k.detach()), knowledge_entropy(k, s.per_memory))),
+    "resuscitation": Method(("p", "alpha", "layers"), per_memory=resuscitation, scales_keys=True),
 }
 
 
@@ -430,12 +488,13 @@ class Intervene(torch.autograd.Function):
 
 
 @functools.wraps(intervene)
-def intervene(k, p=0.01, alpha=1.0, rank_by="magnitude"):
-    if p == 0:
+def intervene(k, p=0.01, alpha=1.0, rank_by="magnitude", dice=None):
+    if p == 0 or rank_by == "random" and dice is None:
         return k
-    n, magnitude = max(1, round(p * k.shape[-1])), rank_by == "magnitude"
+    n, magnitude = max(1, round(p * k.shape[-1])), rank_by != "value"
     size = k.detach().abs() if magnitude else k.detach()
-    smallest = size.topk(n, dim=-1, largest=False, sorted=False).indices           # [..., n]
+    rank = uniform(dice, k) if rank_by == "random" else size
+    smallest = rank.topk(n, dim=-1, largest=False, sorted=False).indices           # [..., n]
     mean = size.mean(-1, keepdim=True, dtype=accumulate(k)).to(k.dtype)            # [..., 1]
     sign = torch.ones_like(mean).expand(smallest.shape)                            # [..., n]
     if magnitude:

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -425,6 +426,16 @@ class Transformer(nn.Module):
         hidden, flux, reward = self.hidden(tokens, steering, checkpoint=checkpoint)
         return self.logits(hidden.flatten(0, 1)[at]), flux, reward
 
+    @torch.no_grad()
+    def totals(self, tokens, real, what):
+        """The sum over tokens of what(k) [..., d_m], which a method may have to know before a step:
+        tokens [B, T], real [B, T] (False on padding) -> [n_layers, d_m]."""
+        device = self.embed.weight.device
+        real = real.to(device)[..., None]
+        look = SimpleNamespace(at=lambda layer: look, change=lambda k: k,
+                               measure=lambda k: ((what(k) * real).sum((0, 1)), None))
+        return self.hidden(tokens.to(device), look)[1]
+
     @property
     def decode(self):
         """The LM head's weight, W_decode: [V, d]."""
@@ -576,7 +587,7 @@ class Transformer(nn.Module):
             start = rows.stop
         return torch.cat(x)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def log_likelihood(self, prompts, continuations, steering=None, batch_tokens: int = 8192,
                        done=lambda n: None) -> list[float]:
         """log P(continuation | prompt) in nats, the sum over its tokens, for each pair of id lists.

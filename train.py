@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from data.tasks import TASKS, TOY as TOY_TASKS, load as load_examples
 from eval import (PER_MEMORY, TOY_FOLDER, TOY_TRAINING, base_folder, change_line, check_finite,
                   keys_of, load, pick_device, score, set_threads, side_by_side, split_names,
                   usual_data, which_model, with_per_memory)
-from infosteer import GENERIC, METHODS, NORMALISATIONS, RANKINGS, Before, Steering, meaningful
+from infosteer import (DIVERGENCES, GENERIC, METHODS, NORMALISATIONS, RANKINGS, Before, Steering,
+                       entropy, meaningful)
 from model import Config, save_tensors
 
 MICRO_TOKENS = {"cpu": 1024, "cuda": 4096}     # as many as caches hold; as keep a GPU busy
@@ -40,10 +42,10 @@ IGNORE = -100                          # the target of tokens that are not super
 # ------------------------------------------------------------------------------- settings
 
 STEERING_FLAGS = {                     # name: (type or choices, what it means)
-    "p": (number, "int: the fraction of the memories that is raised"),
-    "alpha": (number, "int: they become alpha times the mean"),
-    "rank_by": (RANKINGS, "int: raise the smallest by magnitude, or by value as eq. 4 says"),
-    "lam": (number, "reg, surrogate-entropy: lambda of eq. 5; below 0 it concentrates the keys"),
+    "p": (number, "int, dropout, resuscitation: the fraction of the memories that is changed"),
+    "alpha": (number, "int, resuscitation: they become alpha times the mean"),
+    "rank_by": ((*RANKINGS, "random"), "int: smallest |k|, or k as in eq. 4, or random ones"),
+    "lam": (number, "reg and ...-entropy: lambda of eq. 5; below 0 it concentrates the keys"),
     "normalise": (NORMALISATIONS, "reg: how k becomes a distribution, |k| / sum|k| or softmax(k)"),
     "generic": (GENERIC, "semantic, activation: the method whose change is scaled"),
     "groups": (positive, "semantic, activation: groups of memories in a layer"),
@@ -52,6 +54,7 @@ STEERING_FLAGS = {                     # name: (type or choices, what it means)
     "gamma": (number, "surrogate: growth of a coefficient per standard deviation of its score"),
     "lambda_1": (number, "surrogate: weight of a memory's entropy in its score"),
     "lambda_2": (number, "surrogate: weight of its divergence from the training responses"),
+    "divergence": (DIVERGENCES, "surrogate: KL(target || memory), or KL(memory || target)"),
     "buckets": (positive, "surrogate-entropy: groups of like tokens in place of the vocabulary"),
     "layers": (str, "steer these only, from 1: 1-8 or 1,4,9-12 or 1-8:alpha=2,9-16:alpha=3"),
 }
@@ -64,7 +67,14 @@ RECIPE_FLAGS = {       # name: (type, the paper's Appendix A, for the models in 
     "warmup": (whole, 100, 20, "steps of linear warm-up, before linear decay to 0"),
     "weight_decay": (not_negative, 0.01, 0.01, "of matrices; norms and biases have none"),
     "clip": (not_negative, 1.0, 1.0, "largest gradient norm; 0 does not clip"),
+    "eval_every": (positive, None, None, "log the loss of held-out rows every so many steps"),
+    "held_out": (positive, None, None, "rows held out, drawn by seed; 64 with --eval-every"),
+    "anchor": (not_negative, 0, 0, "rival: pull to the first weights, w -= lr N (w - w_0) a step"),
+    "label_smoothing": (not_negative, 0, 0, "rival: the share of a target that goes to all tokens"),
+    "confidence_penalty": (number, 0, 0, "rival: reward N times the entropy of a prediction"),
+    "loss_on": (("response", "all"), "response", "response", "rival: prompts, too"),
 }
+RIVALS = "anchor", "label_smoothing", "confidence_penalty", "loss_on"  # each makes another arm
 PAPER, TOY = ({name: row[column] for name, row in RECIPE_FLAGS.items()} for column in (1, 2))
 SWITCHES = {
     "checkpoint": "compute activations twice: less memory, 1.3 to 1.9 times the time",
@@ -92,10 +102,12 @@ def make_parser():
         "steering (a flag that means nothing for the method is refused)").add_argument
     add("--steer", choices=METHODS, default="none", help="none: plain fine-tuning; int: raise the "
         "smallest key coefficients in the forward pass (eq. 4); reg: reward the entropy of the key "
-        "distribution in the loss (eq. 5); semantic: one of these, with a strength for each group "
-        "of memories with alike vectors; activation: the same, for memories that the same tokens "
-        "activate (B.1); surrogate: amplify the memories that say what the training responses say; "
-        "surrogate-entropy: reward the entropy of what the memories say together (B.2)")
+        "distribution in the loss (eq. 5); semantic, activation: one of these, with a strength for "
+        "each group of memories with alike vectors, or that the same tokens activate (B.1); "
+        "surrogate: amplify the memories that say what the training responses say; surrogate-"
+        "entropy: reward the entropy of what the memories say together (B.2). Rivals: dropout, of "
+        "key coefficients; knowledge-entropy: reward the entropy of the mean key distribution; "
+        "resuscitation: scale up idle keys once, before training")
     usual = {**vars(Steering()), "layers": "all"}
     for name, (kind, meaning) in STEERING_FLAGS.items():
         add(flag(name), help=f"{meaning} (default: {usual[name]})",
@@ -104,7 +116,8 @@ def make_parser():
     add = parser.add_argument_group("recipe (defaults: the paper's, Appendix A)").add_argument
     for name, (kind, paper, toy, meaning) in RECIPE_FLAGS.items():
         usual = f"{paper}; {toy} for the models in data/toy" if toy != paper else paper
-        add(flag(name), type=kind, metavar="N", help=f"{meaning} (default: {usual})")
+        add(flag(name), help=f"{meaning} (default: {usual})",
+            **{"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"})
     add("--seed", type=whole, default=0, help="the order of the examples (default: 0)")
 
     add = parser.add_argument_group("machine").add_argument
@@ -142,9 +155,12 @@ def read_settings(argv=None):
     args.model = args.model or os.path.relpath(TOY_FOLDER / "llama")
     args.task = args.task or TOY_TRAINING
     args.data = args.data or usual_data(split_names(args.task))
+    if (args.label_smoothing or 0) > 1:
+        parser.error(f"--label-smoothing {args.label_smoothing} is no share from 0 to 1")
     for name, value in (TOY if is_toy(args.model) else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.held_out = args.held_out or 64 * bool(args.eval_every)
     try:
         if args.layers is not None:
             n_layers = Config.from_pretrained(args.model).n_layers
@@ -152,7 +168,10 @@ def read_settings(argv=None):
         args.steering = Steering(args.steer, **given)
     except ValueError as error:        # BadInput is one
         parser.error(str(error))
-    named = args.out or run_folder("out", args.model, args.steering, args.seed)
+    args.arm = "-".join([args.steering.name, *(
+        f"{name}={value}".removesuffix(".0") for name in RIVALS
+        if (value := getattr(args, name)) != PAPER[name])])
+    named = args.out or run_folder("out", args.model, args.arm, args.seed)
     args.resume |= not (args.out or args.overwrite) and Path(f"{named}.partial").exists()
     args.out = os.path.normpath(named)                         # of x/.., for example
     return args
@@ -163,9 +182,9 @@ def is_toy(model):
     return Path(model).resolve().parent == TOY_FOLDER
 
 
-def run_folder(out, model, steering, seed):
+def run_folder(out, model, arm, seed):
     """Where the run of one arm and seed lives in a folder of several."""
-    return Path(out, f"{Path(model).resolve().name}-{steering.name}-seed{seed}")
+    return Path(out, f"{Path(model).resolve().name}-{arm}-seed{seed}")
 
 
 def parse_layers(text: str, n_layers: int) -> dict[int, dict[str, float]]:
@@ -258,11 +277,14 @@ def collate(rows):
 # ------------------------------------------------------------------------- loss and schedule
 
 
-def step_loss(model, rows, n_supervised, n_tokens, steering, checkpoint=False, device=None):
+def step_loss(model, rows, n_supervised, n_tokens, steering, checkpoint=False, device=None,
+              smoothing=0.0, penalty=0.0):
     """What one micro-batch of rows adds to the loss of its optimizer step (eq. 5), in nats:
 
         loss = L_LM - reward        reward = sum_l lambda_l (mean of H over the step's tokens)
 
+    L_LM is the mean of -log p(y|x). `smoothing` gives a share of it to the mean over all y (Szegedy
+    et al. 2016); `penalty` subtracts so many times the entropy of p(.|x) (Pereyra et al. 2017).
     n_supervised and n_tokens count the whole step, so that every supervised token of a step weighs
     the same in whichever micro-batch. -> loss; without gradient L_LM, reward, flux [n_layers]."""
     device = device or model.embed.weight.device
@@ -271,7 +293,9 @@ def step_loss(model, rows, n_supervised, n_tokens, steering, checkpoint=False, d
     logits, flux, reward = model.predict(                      # [S, V], [n_layers, B, T] twice
         inputs.to(device), supervised.to(device), steering, checkpoint)
     wanted = targets.flatten()[supervised].to(device)          # [S]
-    lm = F.cross_entropy(logits, wanted, reduction="sum") / n_supervised
+    lm = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing) / n_supervised
+    if penalty:
+        lm = lm - penalty * entropy(logits.log_softmax(-1)).sum() / n_supervised
     real = real.to(device)
     lam = torch.tensor([steering.at(layer).lam for layer in range(len(reward))], device=device)
     reward = (lam * (reward * real).sum((1, 2))).sum() / n_tokens  # 0 unless the method has one
@@ -316,11 +340,16 @@ def run(args, world, data, out, work):
     args.micro_tokens = args.micro_tokens or MICRO_TOKENS["cuda" if cuda else "cpu"]
     args.precision = args.precision.replace("auto", "bf16" if cuda else "fp32")
     model, tokenizer, rows, names, remark = data(args)
+    settings = settings_of(args) | {
+        "examples": len(rows), "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    order = next(order_of(len(rows), len(rows), args.seed))
+    if args.held_out >= len(rows):
+        raise BadInput(f"--held-out {args.held_out} leaves none of {len(rows)} rows to train on")
+    held = [rows[row] for row in order[:args.held_out]]
+    rows, names = ([of[row] for row in sorted(order[args.held_out:])] for of in (rows, names))
     lengths = [len(ids) - 1 for ids, _ in rows]
     total = min(args.epochs * -(-len(rows) // args.batch), args.steps or math.inf)     # steps
-    settings = settings_of(args) | {
-        "steps_total": total, "examples": len(rows),
-        "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    settings["steps_total"] = total
     if args.resume and (before := read_run(work)):             # {}: it died before it wrote any
         same_run(settings, before, work)
     log = open(os.devnull, "a")
@@ -339,6 +368,11 @@ def run(args, world, data, out, work):
     if METHODS[steering.method].change and steering.generic == "int" and world is ALONE:
         prompts = [ids[:n_prompt] for ids, n_prompt in rows[:64]]
         change = "\n           " + change_line(model.to(device), prompts, steering)
+    if METHODS[steering.method].scales_keys:
+        for block, factors in zip(model.blocks, steering.per_memory.to(model.decode)):
+            block.memory.key_up.weight.data *= factors[:, None]                    # [d_m, d]
+    if args.loss_on == "all":          # instruction modelling (Shi et al. 2024)
+        rows = [(ids, 1) for ids, _ in rows]
 
     # ---- model and optimizer
     n_parameters = sum(weight.numel() for weight in model.parameters())
@@ -347,6 +381,7 @@ def run(args, world, data, out, work):
         torch._dynamo.config.specialize_float = True           # p and alpha are constants of a run
         for block in model.blocks:
             block.compile(dynamic=True)
+    initial = [weight.detach().clone() for weight in model.parameters() if args.anchor]
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]    # they never decay
     optimizer = torch.optim.AdamW([
@@ -372,20 +407,36 @@ def run(args, world, data, out, work):
 
     # ---- loop
     model.train()
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, cache_enabled=False,
+                    enabled=args.precision == "bf16")
+
+    def held_out_nll():                # per token of the responses; unsteered, without rivals
+        asked, wanted = ([ids[:n] for ids, n in held], [ids[n:] for ids, n in held])
+        scores = model.log_likelihood(asked, wanted, batch_tokens=args.micro_tokens)
+        return -sum(scores) / sum(map(len, wanted))
+
     bar = progress(total=total, initial=start, desc="training", unit="step")
     steps = itertools.islice(order_of(len(rows), args.batch, args.seed), start, total)
     with bar, log:
+        if held and not start:
+            log.write(json.dumps({"step": 0, "held_out_nll": held_out_nll()}) + "\n")
         for step, chosen in enumerate(steps, start):
             began = time.perf_counter()
             n_tokens = sum(lengths[row] for row in chosen)
             n_supervised = sum(len(rows[row][0]) - rows[row][1] for row in chosen)
             batches, parts = world.share(micro_batches(chosen, lengths, args.micro_tokens)), []
+            if per_step := METHODS[steering.method].per_step:  # a look at the whole step first
+                with torch.autocast(**autocast):
+                    found = sum(model.totals(*collate([rows[row] for row in batch])[::2], per_step)
+                                for batch in batches)
+                steering = replace(steering, per_memory=world.sum(found) / n_tokens)
             for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, cache_enabled=False,
-                                    enabled=args.precision == "bf16"):
+                dice = torch.tensor([[args.seed, step, row] for row in batch or [-1]])
+                with torch.autocast(**autocast):
                     loss, lm, reward, flux = step_loss(
-                        model, [rows[row] for row in batch], n_supervised, n_tokens, steering,
-                        args.checkpoint, device)
+                        model, [rows[row] for row in batch], n_supervised, n_tokens,
+                        replace(steering, dice=dice.to(device)), args.checkpoint, device,
+                        args.label_smoothing, args.confidence_penalty)
                 loss.backward()
                 parts.append(torch.cat([lm[None], reward[None], flux]))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
@@ -400,6 +451,8 @@ def run(args, world, data, out, work):
                          + ", or a weaker steering" * (steering.method != "none"))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args, total)
+            for weight, first in zip(model.parameters(), initial):     # none without --anchor
+                weight.data.lerp_(first, args.anchor * group["lr"])
             optimizer.step()
             optimizer.zero_grad()
 
@@ -410,6 +463,8 @@ def run(args, world, data, out, work):
                     "examples": len(chosen), "tokens_per_second": n_tokens / seconds,
                     "examples_per_second": len(chosen) / seconds,
                     "peak_memory_bytes": peak_memory(device)}
+            if held and ((step + 1) % (args.eval_every or total) == 0 or step + 1 == total):
+                line["held_out_nll"] = held_out_nll()
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{line['loss']:.3f}", flux=f"{line['flux']:.3f}",
@@ -475,7 +530,7 @@ def main(argv=None):
         flags = [f"--model={args.out}", f"--task={args.task}", f"--data={args.data}"]
         return print("next       " + shlex.join(["python", "eval.py", *flags]))
     scores = {"base": score(args.model, TOY_TASKS, TOY_FOLDER, base, device=args.device),
-              args.steering.name: score(args.out, TOY_TASKS, TOY_FOLDER, device=args.device)}
+              args.arm: score(args.out, TOY_TASKS, TOY_FOLDER, device=args.device)}
     print(f"\n{side_by_side(scores)}\n\n"
           "next       python -m lab.experiment --steer none int reg --seed 0 1 2")
 

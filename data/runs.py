@@ -25,7 +25,7 @@ WRITTEN = {"args.json", "log.jsonl", "state.pt", "per_memory.safetensors", "conf
            "model.safetensors", "pretraining.json", "eval", *FILES}
 SCORED = {".json", ".jsonl", ".partial", ".part", ".lock", ".safetensors"}         # in OUT/eval
 MACHINE = {"command", "model", "data", "device", "micro_tokens", "checkpoint", "compile", "threads",
-           "versions"}                 # what --resume may change: content tells models apart
+           "versions", "arm"}          # what --resume may change, or what the others tell
 
 
 def read_run(folder) -> dict:

@@ -20,6 +20,7 @@ The tables:
     table6    semantic, activation: a strength for each group of memories
     table7    surrogate, surrogate-entropy: steering by what each memory says
     table8    steering of early, middle and late layers
+    controls  no table of the paper: what int and reg have to be compared with
 Where int stands in them, it is trained in both readings of eq. 4.
 """
 import contextlib
@@ -91,6 +92,15 @@ SOURCES = {                            # the paper does not say over what Tables
     "table7": "mean over Table 7",
     "table8": "Table 8, mean accuracy (for none, that of Table 2); early, middle and late layers, "
               "early and middle, middle and late, with alpha 1; and all with alpha 2, 3 and 1"}
+# What separates steering from its rivals. The strengths were fixed before any of these was run: the
+# paper's for int and reg, those of int and reg for their controls, and else the usual ones.
+CONTROLS = [                           # flags of train.py
+    "--steer none", "--steer int", "--steer int --rank-by value", "--steer int --rank-by random",
+    "--steer dropout", "--steer dropout --p 0.1",  # in as many memories as int; as is usual
+    "--steer reg", "--steer reg --lam 0.05", "--steer knowledge-entropy",
+    "--steer resuscitation --p 0.5 --alpha 2",     # the example of its authors' code
+    "--anchor 70",                                 # the weights of a toy run move half as far
+    "--label-smoothing 0.1", "--confidence-penalty 0.1", "--loss-on all"]
 # Table 1 task by task, mean over its six models: base, none, int, reg.
 TABLE1 = {
     "boolq": (67.9, 71.6, 73.7, 73.5), "piqa": (81.0, 85.1, 87.0, 86.3),
@@ -174,7 +184,7 @@ def runs_planned(arms, seeds, recipe, out):
         for seed in seeds:
             argv = [*recipe, *arm, "--seed", str(seed)]
             run = read_settings(argv)
-            folder = run_folder(out, run.model, run.steering, seed)
+            folder = run_folder(out, run.model, run.arm, seed)
             runs.append(read_settings([*argv, "--out", str(folder)]))
     return runs
 
@@ -246,8 +256,8 @@ def main(argv=None):
     out = args.compare or args.out or "out"
     if bool(table) + bool(args.steer) + bool(args.compare) != 1:
         parser.error(f"give one of these: a table ({', '.join(TABLES)}), --steer or --compare")
-    if table and table not in TABLES:
-        parser.error(f"{table!r} is no table; there are {', '.join(TABLES)}")
+    if table and table not in (*TABLES, "controls"):
+        parser.error(f"{table!r} is no table; there are {', '.join(TABLES)} and controls")
     for name in ("steer", "seed"):
         if len(set(vars(args)[name] or ())) < len(vars(args)[name] or ()):
             parser.error(f"--{name} names something twice")
@@ -263,7 +273,7 @@ def main(argv=None):
         return print(json.dumps([{**row, "paper": paper.get((row["arm"], row["suite"]))}
                                  for row in rows] if table else rows, indent=2))
     print(comparison_table(rows, paper))
-    if table:
+    if table in SOURCES:
         print(f"The paper: {SOURCES[table]}.\nIts models and tasks are others: compare signs, not "
               "sizes.")
     if not args.items:
@@ -283,8 +293,8 @@ def experiment(parser, args, table, recipe, out):
     if table:
         if given := [name for name in STEERING_FLAGS if vars(args)[name] is not None]:
             parser.error(f"{flag(given[0])} means nothing with {table}, whose arms are the paper's")
-        pairs = arms_of(TABLES[table], Config.from_pretrained(plain.model).n_layers)
-        arms = [flags_of(arm) for arm, _ in pairs if arm]
+        pairs = arms_of(TABLES.get(table, ()), Config.from_pretrained(plain.model).n_layers)
+        arms = [flags_of(arm) for arm, _ in pairs if arm] or [arm.split() for arm in CONTROLS]
         paper = figures(table, pairs, suites)
     else:
         arms, paper = arms_asked(parser, args), {}
@@ -296,8 +306,7 @@ def experiment(parser, args, table, recipe, out):
         if some is missing:
             train_missing(missing, done)
         for run in progress(some, desc="scoring", unit="model"):
-            scored[run.out] = scores_of(run.steering.name, run.seed, run, tested, args.items,
-                                        run.out)
+            scored[run.out] = scores_of(run.arm, run.seed, run, tested, args.items, run.out)
     return compare([scored["base"], *(scored[run.out] for run in runs)], suites), paper
 
 

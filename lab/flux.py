@@ -164,7 +164,7 @@ def arm_of(folder):
     if "steering" not in settings or Path(folder, "pretraining.json").is_file():
         return "base", None
     steering = steering_from(settings["steering"], Path(folder, "args.json"))
-    return steering.name, settings.get("seed")
+    return settings.get("arm", steering.name), settings.get("seed")
 
 
 def first_runs(runs):

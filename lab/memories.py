@@ -35,7 +35,7 @@ from data.runs import locked
 from data.tasks import find, load as load_examples
 from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_threads, split_names,
                   which_model)
-from infosteer import entropy, specificity
+from infosteer import entropy
 from lab import machine_flags
 from lab.page import columns
 from model import read_tensors, save_tensors
@@ -259,6 +259,11 @@ def development_examples(names, data, n):
 
 
 # --------------------------------------------- three ways to look, each with its text for people
+
+
+def specificity(entropies, V: int):
+    """Spec(v) = 1 - H(P) / log V: 0 for a memory that says anything, 1 if it says one token."""
+    return 1 - entropies / torch.tensor(float(V)).log()
 
 
 def describe(tokenizer, V, index, layer, memory):

@@ -20,6 +20,7 @@ from lab.memories import LISTED, choose_decoding, decodable, decode, describe, r
 from lab.regions import REGIONS, regions_of
 from lab.stats import (FOOTNOTE, NOT_SHOWN, compare, find_runs, interval, left_out, lines_of,
                        points, suites_of)
+from train import RIVALS
 
 ITEMS = 60                             # test items whose tokens are looked at
 MOST_CURVES, MOST_MODELS = 20, 6       # curves in a chart, fine-tuned models whose flux is shown
@@ -66,8 +67,9 @@ def verdict(low, high, sign=1):
 
 
 def method_of(arm):
-    """The method of an arm; "" for one that repeats another, whose name ends with its folder's."""
-    return "" if " " in arm else arm.partition("-")[0]
+    """The method of an arm of the paper; "" for controls, rivals, and one that repeats another."""
+    others = " ", "-random", *(f"-{name}=" for name in RIVALS)
+    return "" if any(part in arm for part in others) else arm.partition("-")[0]
 
 
 def claims(rows, regions, flux):
@@ -165,7 +167,8 @@ def read_log(run):
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines()]
         lines[0]                       # there is no run without a step
-        return [tuple(float(line[key]) for key in ("step", *CURVES)) for line in lines]
+        return [tuple(float(line[key]) for key in ("step", *CURVES))
+                for line in lines if line["step"]]             # before step 1: held-out loss only
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not a whole log of train.py ({error}), so there is no curve of "
                        "this run") from None

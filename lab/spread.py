@@ -83,7 +83,8 @@ class Spread:
             # gradients by COUNT unless it is told otherwise. Gloo can only sum.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
-        register_fsdp_forward_method(model, "predict")         # the pass that training calls
+        for passes in ("predict", "totals", "log_likelihood"):     # those that training calls
+            register_fsdp_forward_method(model, passes)
         return model
 
     def whole(self, thing):

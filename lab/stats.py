@@ -11,6 +11,7 @@ from data.runs import MACHINE
 from data.tasks import OWN_NAME, TASKS, TOY
 from eval import steering_from, suite_of, which_model, with_error
 from lab import page
+from train import RIVALS
 
 # ----------------------------------------------------------------------- means and intervals
 
@@ -93,9 +94,10 @@ def grouped_correlation(x, y, group, text):
 # Only what was made alike is compared: runs of one recipe, scores of the same items in the same
 # way. Of what is there, the largest group is kept. The others are left out, with a line.
 
-# An arm is a steering. What is neither the arm, nor the seed, nor the machine is the recipe.
-NO_RECIPE = MACHINE | {"steering", "seed"}
-KINDS, PLAIN = {"steering": [dict], "versions": [dict]}, [str, int, float, bool, type(None)]
+# An arm is a steering and its rivals. What is neither it, the seed nor the machine is the recipe.
+NO_RECIPE = MACHINE | {"steering", "seed", *RIVALS}
+KINDS = {"steering": [dict], "versions": [dict], "arm": [str]}
+PLAIN = [str, int, float, bool, type(None)]
 SCORED_BY = ("items_sha256", "task_json", "n", "score", "dtype", "max_new_tokens", "steered")
 
 
@@ -140,9 +142,9 @@ def of_models(runs):
 def scan(folder, say=left_out):
     """What train.py left in a folder: [{"model", "model_sha256", "arm", "seed", "folder",
     "settings", "scores", "nll", "scored_by"}], one for each finished run and each base model. The
-    arm is Steering.name or "base", settings are its args.json, scores {task: accuracy}, nll {task:
-    nll or None} and scored_by {task: {of SCORED_BY}} are from its eval/TASK.json. A damaged run
-    costs a line, not the other runs."""
+    arm is that of train.py or "base", settings are its args.json, scores {task: accuracy}, nll
+    {task: nll or None} and scored_by {task: {of SCORED_BY}} are from its eval/TASK.json. A damaged
+    run costs a line, not the other runs."""
     found = []
     for path in sorted(Path(folder).glob("*/args.json")):
         try:
@@ -163,7 +165,7 @@ def describe(path, settings):
         if type(value) not in {**KINDS, **needed}.get(name, PLAIN):
             raise BadInput(f"{path}: {name} is {value!r}, which train.py does not write; if an "
                            "older one made this run, train it again")
-    arm = "base" if base else steering_from(settings["steering"], path).name
+    arm = "base" if base else settings.get("arm", steering_from(settings["steering"], path).name)
     scores, losses, scored_by = {}, {}, {}
     for file in path.parent.glob("eval/*.json"):
         summary = read_json(file)

@@ -20,8 +20,9 @@ from data import BadInput
 from data.tasks import load as load_examples
 from helpers import Interrupted, checkpoint_folder, even_or_odd, run_of, write_task
 from infosteer import (METHODS, Before, Steering, divergence, entropy, group_strengths, intervene,
-                       key_entropy, mixture_entropy, relevance, specificity, spherical_kmeans,
-                       split_groups, surrogates)
+                       key_entropy, mixture_entropy, relevance, spherical_kmeans, split_groups,
+                       surrogates)
+from lab.memories import specificity
 from model import read_tensors, save_tensors
 
 FINE = [name for name, method in METHODS.items() if method.per_memory]

@@ -26,6 +26,10 @@ STEERINGS = {                          # short name: steering
     "semantic-reg-beta_max2": Steering("semantic", generic="reg", beta_max=2.0),
     "activation-subgroups2": Steering("activation", subgroups=2),
     "surrogate-gamma0.5-lambda_20": Steering("surrogate", gamma=0.5, lambda_2=0.0),
+    "surrogate-memory": Steering("surrogate", divergence="memory"),
+    "int-random": Steering("int", rank_by="random"), "dropout-p0.1": Steering("dropout", p=0.1),
+    "knowledge-entropy-lam0.1": Steering("knowledge-entropy", lam=0.1),
+    "resuscitation-p0.5-alpha2": Steering("resuscitation", p=0.5, alpha=2.0),
     "surrogate-entropy-lam1-buckets64": Steering("surrogate-entropy", lam=1.0, buckets=64),
 }
 each_steering = pytest.mark.parametrize("name, steering", STEERINGS.items(), ids=STEERINGS)
@@ -180,7 +184,7 @@ def test_a_steering_survives_the_way_through_a_command_line(name, steering):
 
 COMBINATIONS = [(method, generic) for method in METHODS
                 for generic in (GENERIC if "generic" in METHODS[method].settings else ("int",))]
-VALUES = {"rank_by": "value", "normalise": "softmax", "layers": "2"}
+VALUES = {"rank_by": "value", "normalise": "softmax", "layers": "2", "divergence": "memory"}
 
 
 @pytest.mark.parametrize("method, generic", COMBINATIONS)

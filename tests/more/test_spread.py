@@ -100,6 +100,37 @@ def test_two_processes_end_with_the_weights_of_one(place):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
 
 
+RIVALS = [["--steer", "int", "--rank-by", "random", "--p", "0.3", "--anchor", "50", "--held-out",
+           "9", "--eval-every", "3", "--checkpoint"],
+          ["--steer", "knowledge-entropy", "--lam", "2"],
+          ["--steer", "resuscitation", "--p", "0.5", "--alpha", "2", "--loss-on", "all"]]
+BOTH = """
+import json, sys, torch, train
+from lab.spread import Spread
+world = Spread(torch.device("cpu"))
+for flags in json.loads(sys.argv[1]):
+    train.train(train.read_settings(flags), world)
+torch.distributed.destroy_process_group()
+"""
+
+
+@needs_spreading
+def test_two_processes_draw_the_same_and_look_at_the_same_step_as_one(place):
+    script = place / "both.py"
+    script.write_text(BOTH)
+    done = call(*TWO, str(script), json.dumps([
+        flags(place, f"rival{n}-two", *more, "--steps", "8") for n, more in enumerate(RIVALS)]))
+    assert done.returncode == 0, done.stderr
+    for n, more in enumerate(RIVALS):
+        train.main(flags(place, f"rival{n}-one", *more, "--steps", "8"))
+        one, two = weights(place, f"rival{n}-one"), weights(place, f"rival{n}-two")
+        assert apart(two, one) < 1e-5 < 1e-3 < apart(one, weights(place, "llama"))
+        for ours, theirs in zip(log_of(place, f"rival{n}-two"), log_of(place, f"rival{n}-one"),
+                                strict=True):
+            for name in theirs.keys() & {"loss", "reward", "held_out_nll"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
+
+
 @needs_spreading
 def test_keeping_the_model_in_cpu_memory_changes_nothing(place):
     done = call(*ALONE, "-m", "lab.spread", "--offload", *flags(place, "offloaded", *REG))
