@@ -3,6 +3,7 @@
     python -m lab.course                          what there is
     python -m lab.course handout 2 --out DIR      a tree for students
     python -m lab.course check 2                  in that tree: points, and what is wrong
+    python -m lab.course broken 1 --out DIR       in that of assignment 6: a fault, and its symptom
     python -m lab.course hint 2                   the next of three: concept, formula, the line
     python -m lab.course grade DIR 2 --results results.json --seed 7       for teachers
     python -m lab.course selftest                 is the grader right?
@@ -18,12 +19,14 @@ def read_settings(argv=None):
     parser = Parser(prog="python -m lab.course", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = {name: commands.add_parser(name, description=__doc__).add_argument
-           for name in ("handout", "check", "hint", "grade", "selftest")}
+           for name in ("handout", "check", "broken", "hint", "grade", "selftest")}
     add["grade"]("tree", metavar="DIR", help="the folder that the student hands in")
     for name in add:
-        how = {"nargs": "*"} if name == "selftest" else {"choices": numbers()}
-        add[name]("number", type=int, help="of the assignment", **how)
-    add["handout"]("--out", metavar="DIR", required=True, help="a new or an empty folder")
+        how = {"nargs": "*"} if name == "selftest" else {
+            "choices": range(1, 5) if name == "broken" else numbers()}
+        add[name]("number", type=int, help="of the assignment, or of the fault", **how)
+    for name in ("handout", "broken"):
+        add[name]("--out", metavar="DIR", required=True, help="a new folder")
     add["grade"]("--results", metavar="FILE", default="results.json",
                  help="the verdict, in Gradescope's format (default: %(default)s)")
     add["grade"]("--seed", type=whole, help="of the hidden checks, above 0 (default: drawn)")
@@ -39,6 +42,8 @@ def main(argv=None):
                   + ", ".join(name.split("::")[-1] for name in one.BLANK))
     elif args.command in ("check", "hint"):
         {"check": check, "hint": hint}[args.command](args.number)
+    elif args.command == "broken":
+        load(6).broken(args.number, args.out)
     elif not (HERE / "teacher.py").is_file():
         raise BadInput("this is a hand-out; the whole project has that command")
     else:

@@ -20,7 +20,8 @@ MINUTES, POINTS = 90, 12
 BLANK = {"infosteer.py::key_entropy": None}
 REMOVE = (
     *(f"infosteer.py::{name}" for name in (
-        "magnitudes", "mixture_entropy", "entropy", "KeyEntropy", "pieces")),
+        "magnitudes", "shares", "knowledge_entropy", "mixture_entropy", "entropy", "KeyEntropy",
+        "pieces")),
     *(f"tests/test_02_entropy.py::{name}" for name in (
         "entropy_by_hand", "softmax_entropy_by_hand", "of_every_token", "REFERENCES", "WRONG",
         "test_entropy_equals_the_formula", "test_the_formula_refuses_an_entropy_where",
@@ -71,10 +72,13 @@ def edges(seed):
 
 
 PARTS = {"values": values, "gradient": gradient, "zeros, bf16, 14,336 keys": edges}
-FLUX = 'python -m lab.flux --model data/toy/llama --text "The town of Ulmo Zeller is Kestow."'
-WRITTEN = {"memories": (
-    "The command prints the mean flux H of a sentence. How many memories is that, exp(H)? A layer "
-    "has 384: under `why`, say what the difference means, and what reg would do to it.", FLUX)}
+FLUX = "python -m lab.flux --model "
+WRITTEN = {
+    "memories": ("The command prints the mean flux H of a sentence. How many memories is exp(H)? A "
+                 "layer has 384: under `why`, what is the difference, and what would reg do to it?",
+                 FLUX + 'data/toy/llama --text "The town of Ulmo Zeller is Kestow."'),
+    "real memories": ("The same for a published model, whose layers have 1,536.",
+                      FLUX + 'MODELS/smollm2-135m-instruct --text "The capital of France is Paris."')}
 
 # ------------------------------------------------------------------------------- not handed out
 
@@ -83,7 +87,7 @@ def exp_of_flux(output):
     return math.exp(float(re.search(r"\nbase +(\d+\.\d+) \(", output)[1]))
 
 
-NUMBERS = {"memories": (exp_of_flux, 0.02)}
+NUMBERS = dict.fromkeys(WRITTEN, (exp_of_flux, 0.02))
 CODE = """
 def key_entropy(k, normalise="magnitude"):
     wide = torch.promote_types(k.dtype, torch.float32)

@@ -3,9 +3,8 @@
 Equation 4 raises the smallest key coefficients of each token to alpha times the mean. Write
 `intervene` in infosteer.py, for both readings of "smallest". Its docstring is the specification;
 read what it says of the mean, of signs and zeros, of how many, and of where the gradient flows.
-Plain PyTorch is enough, and the tensor that is given to you must stay as it is.
-
-Here: tests/test_03_intervention.py. Work out k = (4, -1, 3, -8) on paper first.
+Plain PyTorch is enough, and the tensor that is given to you must stay as it is. "random" is not
+asked for. Here: tests/test_03_intervention.py. Work out k = (4, -1, 3, -8) on paper first.
 """
 import re
 
@@ -91,7 +90,7 @@ NUMBERS = {key: (lambda said, name=name: float(re.search(rf"^{name} changes.* ([
                                                         re.M)[1]), 0.05)
            for key, name in zip(WRITTEN, ("int", "int-value") * 2)}
 CODE = """
-def intervene(k, p=0.01, alpha=1.0, rank_by="magnitude"):
+def intervene(k, p=0.01, alpha=1.0, rank_by="magnitude", dice=None):
     if p == 0:
         return k
     magnitude = rank_by == "magnitude"

@@ -114,10 +114,10 @@ def make_tree(number, out, seed=PUBLIC_SEED):
         if own:
             rewrite(out / file, own, new if callable(new) else
                     lambda old: stub(old, why) if new is None else new)
-        elif new is None:
-            (out / file).unlink()
-        else:
+        elif name in assignment.BLANK:
             write_whole(out / file, new)
+        else:
+            (out / file).unlink()
     getattr(assignment, "prepare", lambda tree, seed: None)(out, seed)
 
 
@@ -319,7 +319,7 @@ def faults(number, seeds=(PUBLIC_SEED, 1)):
     with tempfile.TemporaryDirectory() as work:
         clean = Path(work, "clean")
         try:
-            make_tree(number, clean)
+            make_tree(number, clean, seeds[-1])
             trees = {"blank": clean, **known_trees(number, clean, work, assignment.RIGHT)}
         except (BadInput, OSError) as error:
             return [str(error)]
