@@ -3,8 +3,8 @@
     python -m lab.course                          what there is
     python -m lab.course handout 2 --out DIR      a tree for students
     python -m lab.course check 2                  in that tree: points, and what is wrong
-    python -m lab.course broken 1 --out DIR       in that of assignment 6: a fault, and its symptom
     python -m lab.course hint 2                   the next of three: concept, formula, the line
+    python -m lab.course broken 1 --out DIR       of assignment 6: a tree with a fault, its symptom
     python -m lab.course grade DIR 2 --results results.json --seed 7       for teachers
     python -m lab.course selftest                 is the grader right?
 """
@@ -19,12 +19,12 @@ def read_settings(argv=None):
     parser = Parser(prog="python -m lab.course", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = {name: commands.add_parser(name, description=__doc__).add_argument
-           for name in ("handout", "check", "broken", "hint", "grade", "selftest")}
+           for name in ("handout", "check", "hint", "broken", "grade", "selftest")}
     add["grade"]("tree", metavar="DIR", help="the folder that the student hands in")
     for name in add:
-        how = {"nargs": "*"} if name == "selftest" else {
-            "choices": range(1, 5) if name == "broken" else numbers()}
-        add[name]("number", type=int, help="of the assignment, or of the fault", **how)
+        add[name]("number", type=int, help="of the assignment; broken: of the fault",
+                  **{"nargs": "*"} if name == "selftest" else
+                  {"choices": range(1, 5) if name == "broken" else numbers()})
     for name in ("handout", "broken"):
         add[name]("--out", metavar="DIR", required=True, help="a new folder")
     add["grade"]("--results", metavar="FILE", default="results.json",
@@ -42,18 +42,18 @@ def main(argv=None):
                   + ", ".join(name.split("::")[-1] for name in one.BLANK))
     elif args.command in ("check", "hint"):
         {"check": check, "hint": hint}[args.command](args.number)
-    elif args.command == "broken":
+    elif args.command == "broken" and 6 in numbers():
         load(6).broken(args.number, args.out)
     elif not (HERE / "teacher.py").is_file():
-        raise BadInput("this is a hand-out; the whole project has that command")
+        raise BadInput(f"{args.command}: this hand-out does not have that command")
     else:
-        from lab.course.teacher import grade, handout, selftest
+        from lab.course import teacher
         if args.command == "handout":
-            handout(args.number, args.out)
+            teacher.handout(args.number, args.out)
         elif args.command == "grade":
-            grade(args.tree, args.number, args.results, args.seed)
+            teacher.grade(args.tree, args.number, args.results, args.seed)
         else:
-            sys.exit(selftest(args.number or numbers()) > 0)
+            sys.exit(teacher.selftest(args.number or numbers()) > 0)
 
 
 if __name__ == "__main__":

@@ -101,16 +101,16 @@ def gradients(seed):
 
 
 PARTS = {"what is recalled": recalled, "where steering enters": steered, "gradients": gradients}
-WRITTEN = {key: (question, "python -m lab.memories --model data/toy/llama --index 4:377")
-           for key, question in {
-    "coefficient": "What is the largest key coefficient of memory 4:377 in the texts that were "
-                   "read? Under `why`: what calls it, as its contexts show?",
-    "probability": "How probable is what this memory says first, in percent? Under `why`: what "
-                   "would it be if all tokens were alike, and so why is its Spec 0.0008?"}.items()}
+TOY, REAL = (f"python -m lab.memories --model {words}" for words in (
+    "data/toy/llama --index 4:377", "MODELS/smollm2-135m-instruct --index 29:1407 --items 100"))
+WRITTEN = {
+    "coefficient": ("What is memory 4:377's largest key coefficient? What calls it (`why`)?", TOY),
+    "probability": ("How many times as probable as others is what it says first?", TOY),
+    "real coefficient": ("The largest one of a published model's memory 29:1407?", REAL)}
 
 # ------------------------------------------------------------------------------- not handed out
-NUMBERS = {"coefficient": (lambda said: float(said.split("follows it:\n")[1].split()[0]), 0.01),
-           "probability": (lambda said: float(said.split("%")[0].split()[-1]), 0.01)}
+NUMBERS = dict.fromkeys(WRITTEN, (lambda said: float(said.split("it:\n")[1].split()[0]), 0.01))
+NUMBERS["probability"] = (lambda said: float(said.split("' x")[1].split()[0])), 0.01
 FORWARD = """
 class KeyValueMemory(nn.Module):
     def forward(self, h, steering=None):

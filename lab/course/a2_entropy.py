@@ -78,7 +78,7 @@ WRITTEN = {
                  "layer has 384: under `why`, what is the difference, and what would reg do to it?",
                  FLUX + 'data/toy/llama --text "The town of Ulmo Zeller is Kestow."'),
     "real memories": ("The same for a published model, whose layers have 1,536.",
-                      FLUX + 'MODELS/smollm2-135m-instruct --text "The capital of France is Paris."')}
+                      FLUX + 'MODELS/smollm2-135m-instruct --text "The sky is blue."')}
 
 # ------------------------------------------------------------------------------- not handed out
 

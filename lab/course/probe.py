@@ -5,12 +5,10 @@ process of its own, with limits on time and memory, and writes a safetensors fil
 tensors of its cases and, as `error`, what went wrong. The exit status is 3 if students' code could
 read the reference.
 """
-import ctypes
 import importlib
 import json
 import multiprocessing
 import os
-import struct
 import sys
 import traceback
 from contextlib import suppress
@@ -52,29 +50,12 @@ def run(tree, number, parts):
         save_file(cases, file, {"error": error})
 
 
-def confine(read, write):
-    """Let this process and its children read in the folders `read` alone, and write in the folder
-    `write`: Linux's Landlock, which needs no root. Where there is none, nothing happens."""
-    libc = ctypes.CDLL(None)
-    every = 2 ** min(12 + libc.syscall(444, None, 0, 1), 15) - 1               # kinds of access
-    rules = libc.syscall(444, struct.pack("Q", every), 8, 0)
-    for path in filter(os.path.isdir, (*read, write)):
-        kinds = every if path == write else 0b1101             # to execute, read, list
-        libc.syscall(445, rules, 1, struct.pack("=Qi", kinds, os.open(path, os.O_PATH)), 0)
-    libc.prctl(38, 1, 0, 0, 0)
-    libc.syscall(446, rules, 0)
-
-
 def main():
     request, status = json.load(sys.stdin), 0
     torch.set_num_threads(1)
-    if secret := request.get("secret"):        # a student's code is graded
-        if sys.platform == "linux":
-            system = [*sys.path[1:], sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
-            confine([*system, request["read"]], request["write"])
-        with suppress(OSError):
-            open(secret).close()
-            status = 3
+    with suppress(OSError):            # the reference, if a student's code is graded
+        open(request.get("secret", "")).close()
+        status = 3
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     jobs, at_once = request["jobs"], min(os.cpu_count(), 4)
     for some in (jobs[start:start + at_once] for start in range(0, len(jobs), at_once)):
