@@ -74,7 +74,7 @@ def edges(seed):
 PARTS = {"values": values, "gradient": gradient, "zeros, bf16, 14,336 keys": edges}
 FLUX = "python -m lab.flux --model "
 WRITTEN = {
-    "memories": ("The command prints the mean flux H of a sentence. How many memories is exp(H)? A "
+    "memories": ("The mean flux H of a sentence, generating: how many memories is exp(H)? A "
                  "layer has 384: under `why`, what is the difference, and what would reg do to it?",
                  FLUX + 'data/toy/llama --text "The town of Ulmo Zeller is Kestow."'),
     "real memories": ("The same for a published model, whose layers have 1,536.",
@@ -84,7 +84,7 @@ WRITTEN = {
 
 
 def exp_of_flux(output):
-    return math.exp(float(re.search(r"\nbase +(\d+\.\d+) \(", output)[1]))
+    return math.exp(float(re.search(r"\nbase +generating +(\d+\.\d+) \(", output)[1]))
 
 
 NUMBERS = dict.fromkeys(WRITTEN, (exp_of_flux, 0.02))
