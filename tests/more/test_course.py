@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from data import BadInput
 from lab.course import load, numbers
+from lab.course import teacher
 from lab.course.__main__ import read_settings
 from lab.course.teacher import additions, faults, grade, handout, written
 
@@ -81,7 +82,8 @@ def test_blank_scores_nothing_right_everything_and_wrong_is_named(number):
 
 
 def test_selftest_takes_some_assignments_or_all():
-    assert read_settings(["selftest"]).number == [] and read_settings(["selftest", "2"]).number == [2]
+    assert read_settings(["selftest"]).number == []
+    assert read_settings(["selftest", "2"]).number == [2]
 
 
 @pytest.mark.parametrize("number", ALL)
@@ -173,8 +175,17 @@ def test_no_callable_that_is_left_passes(each):
 def test_its_tests_are_found_and_plain_training_runs_if_it_does_not_need_what_is_blanked(each):
     number, out = each
     assert "tests collected" in run(out, "-m", "pytest", "tests", "-m", "course", "-q", "--co")
-    if number == 3:
+    if number in (3, 6, 7, 8):
         assert "saved" in run(out, "train.py", "--steer=none", "--steps=3", "--train-only")
+
+
+def test_a_broken_tree_has_one_fault_and_a_symptom(tmp_path):
+    for n in range(1, 5):
+        said = run(ROOT, "-m", "lab.course", "broken", str(n), "--out", str(tmp_path / str(n)))
+        assert said.startswith(f"{tmp_path / str(n)}: ") and said.count("\n") == 1
+        files = {path.name for path in ROOT.glob("*.py")
+                 if path.read_text() != (tmp_path / str(n) / path.name).read_text()}
+        assert files == {load(6).FAULTS[n - 1][1]}
 
 
 def test_a_hand_out_is_not_written_over_something(tmp_path):
@@ -251,10 +262,12 @@ def test_a_method_stays_in_its_class_in_whatever_order_definitions_stand():
 # ---------------------------------------------------------------------------- grading
 
 
-def test_right_answers_get_all_points_and_earlier_mistakes_none_away(second, tmp_path):
+def test_right_answers_get_all_points_and_earlier_mistakes_none_away(second, tmp_path,
+                                                                     monkeypatch):
     tree = student(second, tmp_path, RIGHT)
     (tree / "model.py").write_text("1 / 0\n")              # an earlier mistake: not of this task
-    (tree / "answers.json").write_text('{"memories": 152.0, "why": "..."}')
+    (tree / "answers.json").write_text('{"memories": 148.0, "why": "..."}')
+    monkeypatch.setattr(teacher, "MODELS", tmp_path / "none")              # no published model
     verdict = grade(tree, 2, tmp_path / "results.json", seed=7)
     assert verdict == json.loads((tmp_path / "results.json").read_text())
     assert verdict["score"] == 12 and verdict["execution_time"] > 0
@@ -383,6 +396,20 @@ def test_the_reference_cannot_be_read_or_it_is_said_that_it_can(forged):
 def test_patching_the_judge_changes_nothing(forged):
     verdict, _ = forged
     assert "patched" in str(verdict["tests"]) and verdict["score"] == 0
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 6])        # those of 4, 7 and 8 take minutes
+def test_the_command_of_a_written_question_leads_to_its_number(number):
+    for key, (_, command) in load(number).WRITTEN.items():
+        if "MODELS/" not in command:
+            assert load(number).NUMBERS[key][0](teacher.printed(command)) > 0
+
+
+@pytest.mark.real
+def test_a_real_model_answers_too(real_models, monkeypatch):
+    monkeypatch.setattr(teacher, "MODELS", real_models)
+    command = load(2).WRITTEN["real memories"][1].replace("MODELS", str(real_models))
+    assert 1 < load(2).NUMBERS["real memories"][0](teacher.printed(command)) < 1536
 
 
 @pytest.mark.parametrize("answers", ["{", "[]", '{"memories": null}', '{"memories": "x"}',
