@@ -2,9 +2,9 @@
 
 A step averages over its supervised tokens, however its rows are cut into passes. In train.py, write
 how they are cut (`micro_batches`), how the rows of a pass become tensors (`collate`), and what the
-pass adds to the loss (`step_loss`, equation 5). Padding costs time, and so do logits that nobody
-asks for: sort by length, and let the head see supervised tokens only, as `Transformer.predict` can.
-Here: tests/test_07_step.py.
+pass adds to the loss (`step_loss`, equation 5; leave `smoothing` and `penalty` aside). Padding and
+logits that nobody asks for cost time: sort by length, and let the head see supervised tokens only,
+as `Transformer.predict` can. Here: tests/test_07_step.py.
 """
 import re
 import time
@@ -117,7 +117,7 @@ def collate(rows):
     return (padded([ids[:-1] for ids, _ in rows], 0),
             padded([[IGNORE] * (n - 1) + ids[n:] for ids, n in rows], IGNORE),
             padded([[True] * (len(ids) - 1) for ids, _ in rows], False))
-def step_loss(model, rows, n_supervised, n_tokens, steering, checkpoint=False, device=None):
+def step_loss(model, rows, n_supervised, n_tokens, steering, checkpoint=False, device=None, *more):
     inputs, targets, real = (one.to(model.embed.weight.device) for one in collate(rows))
     hidden, flux, reward = model.hidden(inputs, steering, checkpoint=checkpoint)
     asked = targets != IGNORE
@@ -142,9 +142,9 @@ WRONG = {why: (why, CODE.replace(line, new)) for line, new, why in (
     (REWARD, "(reward.detach() * real)", "the reward is detached, so it teaches nothing"),
     ("lm - reward,", "lm + reward,", "the reward is added, so that descending lowers the entropy"),
     ("steering.at(layer).lam * one", "one", "lambda is missing; the model gives H alone"),
+    ("steering.at(layer).lam", "steering.lam", "each layer has a lambda of its own: steering.at"),
     ("logits(hidden[asked])", "logits(hidden)[asked]", "the head runs on every token; pick first"),
     (SIZE + " > budget", "True", "each row has a pass of its own; fill passes up to the budget"),
-    (SIZE, "sum(map(lengths.__getitem__, batches[-1])) + lengths[row]", "padding takes room too: "
-     "a pass takes the number of its rows times the longest"),
+    (SIZE, "sum(lengths[one] for one in [*batches[-1], row])", "padding takes room in a pass too"),
     ("sorted(rows, key=lambda row: lengths[row])", "rows", "rows are taken as they come; sorted by "
      "length they need little padding"))}

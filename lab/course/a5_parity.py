@@ -30,7 +30,7 @@ HINTS = (
 
 def norm(seed):
     from model import Transformer
-    x, model = draw(seed, 3, 40)[:, :32].float(), Transformer.from_pretrained(GOLDEN + "gemma2")
+    x, model = draw(seed, 3, 40)[:, :32].float(), Transformer.from_pretrained(GOLDEN + "gemma3")
     for what, x in ("small numbers", x * 0.1), ("bf16", x.bfloat16()):
         yield what, model.norm(x)
 

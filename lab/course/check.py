@@ -126,9 +126,9 @@ def check(number):
     points = SHARES["public"] * assignment.POINTS
     each, width = points / len(verdicts), max(map(len, verdicts))
     got = each * [*verdicts.values()].count(None)
-    print(f"{number} {title(assignment)}   {got:g} of {points:g} public points")
+    print(f"{number} {title(assignment)}   {got:.3g} of {points:.3g} public points")
     for part, why in verdicts.items():
-        print(f"  {'WRONG' if why else 'ok':<6} {part:<{width}} {0 if why else each:g}/{each:g}"
+        print(f"  {'WRONG' if why else 'ok':<6} {part:<{width}} {0 if why else each:.3g}/{each:.3g}"
               + f"   {why}" * bool(why))
     print("public checks only; hidden ones use other shapes. "
           f"Hint: python -m lab.course hint {number}")
