@@ -82,6 +82,23 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_dtype(name, device, config):
+    """What to compute in, as the name of a dtype. "auto" is bfloat16 where the processor multiplies
+    it by itself; on a CPU, only if the model is 256 wide or more, as measured. Raises BadInput."""
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cpu" and config.d >= 256:
+            has = getattr(torch.cpu, "get_capabilities", dict)()
+            native = has.get("avx512_bf16") or has.get("amx_bf16")
+        return "bfloat16" if native else "float32"
+    try:
+        torch.zeros(8, 8, dtype=getattr(torch, name), device=device).square()
+    except (RuntimeError, TypeError) as error:
+        raise BadInput(f"{name}: not usable on {device} ({str(error).splitlines()[0]}); "
+                       "take float32 or fp32") from None
+    return name
+
+
 def usual_data(names):
     """Where the data of tasks are, unless told otherwise: the toy world's ship."""
     return os.path.relpath(TOY_FOLDER if names[0] in TOY else TOY_FOLDER.parent / "public")
@@ -266,8 +283,7 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
             raise BadInput(f"--score text: {Path(data, name, 'test.json')}, row {without[0]} (the "
                            "first is 0): no texts of options to rank; --score generate takes it")
     device = pick_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = pick_dtype(dtype, device, Config.from_pretrained(folder))
     steering = steering_of(folder, device) if steered else None
     identity, out = which_model(folder), Path(out or Path(folder, "eval"))
     summaries, model = [], None
@@ -456,7 +472,8 @@ def read_settings(argv=None):
         help="memory for keys and values in decoding (default: 2)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of the weights (default: bfloat16 on cuda, else float32)")
+        help="of the weights (default: bfloat16 where the processor multiplies it by itself and "
+        "the model is not tiny, else float32)")
     add("--threads", type=positive, metavar="N",
         help="threads on a CPU (default: 1 for the toy world's tasks, else PyTorch's)")
     add("--overwrite", action="store_true", help="score again what has been scored")
@@ -482,7 +499,7 @@ def main(argv=None):
             print(change_line(model, prompts, Steering("int", rank_by=rank_by)))
         return
     if args.steered and (not METHODS[(kept := steering_of(args.model)).method].change
-                         or kept.method == "dropout" or "random" in kept.settings.values()):
+                         or kept.drawn):
         raise BadInput(f"--steered: {args.model} was not trained with a steering of the forward "
                        "pass (--steer int), or with a random one, so there is none to keep")
     summaries = score(args.model, names, data, args.out, args.score, args.device, args.dtype,

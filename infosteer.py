@@ -192,6 +192,11 @@ class Steering:
                 for name in ("method", *meaningful(self.method, self.generic))}
 
     @property
+    def drawn(self) -> bool:
+        """Is anything of it random, and so drawn from `dice`?"""
+        return self.method == "dropout" or "random" in self.settings.values()
+
+    @property
     def name(self) -> str:
         """A short name for folders and tables: Steering("int", p=0.05) -> "int-p0.05"."""
         parts, usual = [self.method], vars(Steering(self.method))

@@ -13,6 +13,10 @@ ones go on. Then the base model and all runs are scored, on all tasks of the toy
 named tasks. Of a folder, --compare shows the runs of one recipe, scored alike: those of which there
 are most. It says which runs and scores it leaves out, and why.
 
+Differences to none are paired by seed and by item. The tables have their intervals over seeds and
+items together, and of one seed over items; "not shown" is said after Holm's correction. --json has
+the intervals over either and over both, p values, and all items of all runs.
+
 The tables:
     table1    none, int, reg: the main comparison
     table2    weak and strong steering
@@ -37,8 +41,8 @@ from data.tasks import SUITES, TOY, load as load_examples
 from eval import score, set_threads, split_names
 from infosteer import GENERIC, METHODS, Steering, format_layers, meaningful
 from lab.page import visible
-from lab.stats import (alike, compare, comparison_table, find_runs, mean_and_error, recipe_of,
-                       suites_of)
+from lab.stats import (alike, compare, comparison_table, find_runs, items_of,
+                       mean_and_error, recipe_of, suites_of)
 from model import Config
 from train import (STEERING_FLAGS, base_folder, finished, flag, read_settings, run_folder,
                    settings_of, train)
@@ -88,8 +92,8 @@ TABLES = {
 }
 SOURCES = {                            # the paper does not say over what Tables 2 and 8 average
     "table1": "Table 1, mean over its models", "table2": "Table 2, mean accuracy",
-    "table4": "Table 4, GSM8K and mean of five other sets", "table6": "mean over Table 6",
-    "table7": "mean over Table 7",
+    "table4": "Table 4, GSM8K and mean of five other sets", "controls": "Table 2, mean accuracy",
+    "table6": "mean over Table 6", "table7": "mean over Table 7",
     "table8": "Table 8, mean accuracy (for none, that of Table 2); early, middle and late layers, "
               "early and middle, middle and late, with alpha 1; and all with alpha 2, 3 and 1"}
 # What separates steering from its rivals. The strengths were fixed before any of these was run: the
@@ -222,11 +226,24 @@ def check_one_recipe(runs):
 
 def scores_of(arm, seed, run, tested, items, folder, where=None):
     """The scores of a run or a base model in `folder`, as lab.stats.compare takes them."""
+    where = where or Path(folder, "eval")
     summaries = score(folder, tested, run.data, where, device=run.device, limit=items,
                       overwrite=run.overwrite)
-    return {"model": run.model, "arm": arm, "seed": seed,
+    files = {task: [where / f"{task}{part}.jsonl" for part in (f"-first{items}", "")]
+             for task in tested}
+    return {"model": run.model, "arm": arm, "seed": seed, "folder": str(folder),
             "scores": {one["task"]: one["accuracy"] for one in summaries},
-            "nll": {one["task"]: one.get("nll") for one in summaries}}
+            "nll": {one["task"]: one.get("nll") for one in summaries},
+            "scored_by": {one["task"]: one for one in summaries},
+            "files": {task: of[not (items and of[0].exists())] for task, of in files.items()}}
+
+
+def in_full(run):
+    """A run's scores and its items, for --json."""
+    items = {task: [{"index": index, "correct": bool(right), "nll": nll} for index, (right, nll)
+                    in items_of(run, task).items()] for task in run["scores"]}
+    kept = {name: run[name] for name in ("model", "arm", "seed", "scores", "nll")}
+    return {**kept, "folder": str(run["folder"]), "items": items}
 
 
 # --------------------------------------------------------------------------------------- command
@@ -242,8 +259,8 @@ def make_parser():
     add("--out", metavar="DIR", help="the folder of the runs (default: out)")
     add("--items", type=positive, metavar="N", help="score the first N items of each task only")
     add("--compare", metavar="DIR", help="train nothing: compare the scored runs in a folder")
-    add("--json", action="store_true", help="print the rows as JSON: accuracies as shares of "
-        "one, losses in nats per token")
+    add("--json", action="store_true", help="print JSON: the rows of the tables, and the runs with "
+        "all of their items; accuracies as shares of one, losses in nats per token")
     for name in STEERING_FLAGS:        # train.py's parser checks their values
         add(flag(name), help=SUPPRESS, choices=GENERIC if name == "generic" else None)
     return parser
@@ -266,12 +283,13 @@ def main(argv=None):
                  if vars(args)[name] is not None]
         if given or recipe:
             parser.error(f"--compare trains nothing, so {[*given, *recipe][0]} means nothing")
-        rows, paper = compare(find_runs(args.compare)), {}
+        runs, suites, paper = find_runs(args.compare), None, {}
     else:
-        rows, paper = experiment(parser, args, table, recipe, out)
+        runs, suites, paper = experiment(parser, args, table, recipe, out)
+    rows = compare(runs, suites)
     if args.json:
-        return print(json.dumps([{**row, "paper": paper.get((row["arm"], row["suite"]))}
-                                 for row in rows] if table else rows, indent=2))
+        rows = [{**row, "paper": paper.get((row["arm"], row["suite"]))} for row in rows]
+        return print(json.dumps({"rows": rows, "runs": [*map(in_full, runs)]}))
     print(comparison_table(rows, paper))
     if table in SOURCES:
         print(f"The paper: {SOURCES[table]}.\nIts models and tasks are others: compare signs, not "
@@ -282,7 +300,7 @@ def main(argv=None):
 
 
 def experiment(parser, args, table, recipe, out):
-    """Train what is missing, score and compare -> the rows of `compare`, the paper's figures."""
+    """Train what is missing and score -> runs and suites for `compare`, the paper's figures."""
     plain = read_settings(recipe)                              # what all runs have in common
     names = split_names(plain.task, plain.data)
     set_threads(plain.threads, names)
@@ -293,8 +311,10 @@ def experiment(parser, args, table, recipe, out):
     if table:
         if given := [name for name in STEERING_FLAGS if vars(args)[name] is not None]:
             parser.error(f"{flag(given[0])} means nothing with {table}, whose arms are the paper's")
-        pairs = arms_of(TABLES.get(table, ()), Config.from_pretrained(plain.model).n_layers)
-        arms = [flags_of(arm) for arm, _ in pairs if arm] or [arm.split() for arm in CONTROLS]
+        pairs = arms_of(TABLES.get(table, TABLES["table2"]),
+                        Config.from_pretrained(plain.model).n_layers)
+        arms = [flags_of(arm) for arm, _ in pairs if arm]
+        arms = arms if table in TABLES else [arm.split() for arm in CONTROLS]
         paper = figures(table, pairs, suites)
     else:
         arms, paper = arms_asked(parser, args), {}
@@ -307,7 +327,7 @@ def experiment(parser, args, table, recipe, out):
             train_missing(missing, done)
         for run in progress(some, desc="scoring", unit="model"):
             scored[run.out] = scores_of(run.arm, run.seed, run, tested, args.items, run.out)
-    return compare([scored["base"], *(scored[run.out] for run in runs)], suites), paper
+    return [scored["base"], *(scored[run.out] for run in runs)], suites, paper
 
 
 if __name__ == "__main__":

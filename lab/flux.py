@@ -24,8 +24,8 @@ from eval import (TOY_FOLDER, Watch, load, pick_device, read_run, set_threads, s
                   steering_from)
 from infosteer import METHODS, Steering, key_entropy
 from lab import machine_flags, page, steerings_of
-from lab.stats import (alike, clustered_mean, grouped_correlation, left_out, recipe_of, runs_from,
-                       terciles)
+from lab.stats import (alike, clustered_mean, grouped_correlation, interval, left_out, recipe_of,
+                       runs_from, terciles)
 from lab.words import CLASSES, TITLES, token_classes
 
 SHOWN, KEPT = 3, 10                    # items in the terminal; items in --json and --html
@@ -44,9 +44,9 @@ the first of these that fits: punctuation (with symbols and white space), functi
 from the prompt (a content word or number that stands there), digits, content words. Errors are
 clustered by item, because the tokens of one answer are not independent."""
 ABOUT_SURPRISAL = """Their correlation ± jackknife error over items (number of tokens). Surprisal is
--log p of a token given what precedes it: of the token itself (own), or of the token after it
-(next). Within classes, both are centred on their class means. Greedy answers have small surprisals,
-since a model chooses what it finds likely. It did not choose the text of --text."""
+-log p of a token given what precedes it. Within classes, both are centred on their class means.
+Greedy answers have small surprisals, since a model chooses what it finds likely. It did not choose
+the text of --text."""
 ABOUT_LEVELS = """Where low and middle flux end, in nats. If few of the answers are different texts,
 all errors rest on few texts."""
 
@@ -95,8 +95,7 @@ def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30
 
         prompt             as given
         generating, fed    [T] each: the flux at either position in nats, NaN where there is none
-        surprisal, next    [T] each, in nats. `next` is the surprisal of the token after it; the end
-                           of an answer counts as one. NaN where there is none
+        surprisal          [T] in nats, NaN where nothing precedes
         pieces             [{"text", "tokens", "class", "generating", "fed"}], as `readable` cuts
                            the text; None where there is no flux
 
@@ -121,7 +120,6 @@ def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30
         classes = token_classes([text for text, _ in pieces], prompt)
         item = {
             "prompt": prompt, **{at: of[:T] for at, of in flux.items()}, "surprisal": surprisal[:T],
-            "next": torch.cat([surprisal[1:], torch.tensor([torch.nan])])[:T],
             "pieces": [{"text": text, "tokens": n, "class": name}
                        for (text, n), name in zip(pieces, classes)]}
         for at in POSITIONS:
@@ -133,10 +131,12 @@ def measure_flux(model, tokenizer, items, max_new_tokens=32, cache_bytes=2 << 30
 
 def flux_numbers(measured, position):
     """What `measure_flux` found at a position -> {"mean", "standard_error", "n": tokens, "cuts":
-    between low, middle and high, "classes": {name: mean, standard_error, n}, "correlations":
-    {"own", "next": {"raw", "within": {"r", "standard_error", "n"}}}}. What is undefined is None."""
-    flux, own, following = (torch.cat([item[key] for item in measured]).double()
-                            for key in (position, "surprisal", "next"))            # [N] each
+    between low, middle and high, "classes": {name: mean, standard_error, n}, "content_against":
+    {another class: {"texts", and the `estimate` of content words' mean less its mean, text by text
+    where a text has both}}, "correlations" with surprisal: {"raw", "within": {"r",
+    "standard_error", "n"}}}. What is undefined is None."""
+    flux, surprisal = (torch.cat([item[key] for item in measured]).double()
+                       for key in (position, "surprisal"))                         # [N] each
     text = torch.tensor([i for i, item in enumerate(measured) for _ in item[position]]).long()
     known = ~flux.isnan()
     group = torch.tensor([CLASSES.index(piece["class"]) for item in measured
@@ -146,16 +146,21 @@ def flux_numbers(measured, position):
         mean, error = clustered_mean(flux[inside], text[inside])
         return {"mean": mean, "standard_error": error, "n": int(inside.sum())}
 
-    def correlate(surprisal, group):
+    def correlate(group):
         there = known & ~surprisal.isnan()
         r, error = grouped_correlation(flux[there], surprisal[there], group[there], text[there])
         return {"r": r, "standard_error": error, "n": int(there.sum())}
 
+    inside = {name: known & (group == i) for i, name in enumerate(CLASSES)}
+    of_texts = {name: text[here].bincount(flux[here], len(measured))
+                / text[here].bincount(minlength=len(measured)) for name, here in inside.items()}
+    gaps = {name: of_texts["content"] - of for name, of in of_texts.items() if name != "content"}
+    gaps = {name: gap[~gap.isnan()].tolist() for name, gap in gaps.items()}        # 0/0: has none
     return {**average(known), "cuts": terciles(flux[known])[1].tolist() if known.any() else None,
-            "classes": {name: average(known & (group == i)) for i, name in enumerate(CLASSES)},
-            "correlations": {name: {"raw": correlate(surprisal, torch.zeros_like(group)),
-                                    "within": correlate(surprisal, group)}
-                             for name, surprisal in (("own", own), ("next", following))}}
+            "classes": {name: average(here) for name, here in inside.items()},
+            "content_against": {name: {"texts": len(gap), **interval(gap)}
+                                for name, gap in gaps.items()},
+            "correlations": {"raw": correlate(torch.zeros_like(group)), "within": correlate(group)}}
 
 
 def arm_of(folder):
@@ -232,8 +237,7 @@ def flux_tables(result):
             here, name = model[at], [model["title"], at]
             means += [[*name, *(plus_minus(cell, ".3f")
                                 for cell in (here, *here["classes"].values()))]]
-            links += [[*name, *(plus_minus(cell, "+.3f") for kinds in here["correlations"].values()
-                                for cell in kinds.values())]]
+            links += [[*name, *(plus_minus(r, "+.3f") for r in here["correlations"].values())]]
             levels += [[*name, *(here["cuts"] or (None, None)), model["largest"],
                         f"{model['distinct']} of {result['settings']['items']}", model["model"]]]
             tasks += [[*name, *(plus_minus(of[at], ".3f") for of in model["tasks"].values())]]
@@ -244,7 +248,7 @@ def flux_tables(result):
             ("Mean flux of kinds of words", ABOUT_CLASSES,
              [*header, "all tokens", *TITLES.values()], means),
             ("Flux and surprisal", ABOUT_SURPRISAL,
-             [*header, "own", "own, within classes", "next", "next, within classes"], links),
+             [*header, "raw", "within classes"], links),
             ("Levels", ABOUT_LEVELS, [*header, "low up to", "middle up to", "log d_m",
                                       "different texts", "folder"], levels)]
 

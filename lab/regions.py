@@ -11,6 +11,7 @@ A run is asked what share of its own coefficients falls into each. There are two
 """
 import json
 import os
+from itertools import product
 
 import torch
 
@@ -20,7 +21,7 @@ from eval import (TOY_FOLDER, TOY_TRAINING, keys_of, load, pick_device, set_thre
 from infosteer import Steering
 from lab import machine_flags, steerings_of
 from lab.page import columns, visible
-from lab.stats import left_out, runs_from, with_error
+from lab.stats import interval, left_out, points, runs_from, with_error
 
 REGIONS = ("low", "middle", "high")
 SAMPLE = 2**22                         # coefficients of a layer are enough for a percentile
@@ -97,6 +98,26 @@ def over_seeds(by_seed):
             "by_seed": {seed: one.mean(0).tolist() for seed, one in by_seed.items()}}
 
 
+def shifts(arms):
+    """How fine-tuning changes the shares of |k|: [[arm, "base" or "none", the `estimate` of the
+    change from it in each region]], paired by seed. arms: {arm: {"by_seed": {seed: [2, 3]}}}."""
+    found = []
+    for arm, against in product([arm for arm in arms if arm != "base"], ("base", "none")):
+        other = arms[against]["by_seed"] if against in arms and against != arm else {}
+        pairs = [(of[0], other.get(None if against == "base" else seed))
+                 for seed, of in arms[arm]["by_seed"].items()]
+        gaps = [[x - y for x, y in zip(one, of[0])] for one, of in pairs if of]
+        found += [[arm, against, *map(interval, zip(*gaps))]] * bool(gaps)
+    return found
+
+
+def shift_lines(result):
+    """The `shifts` as header and lines of a table."""
+    return ["shift of |k|, in points", "from", *REGIONS], [
+        [arm, against, *map(points, changes)] for arm, against, *changes in
+        shifts(result["arms"])]
+
+
 def regions_text(result, per_layer=False):
     parts = [f"{visible(result['model'])}: share of the key coefficients in the base model's "
              "regions, in %\n"
@@ -114,6 +135,7 @@ def regions_text(result, per_layer=False):
                                         error[reading] if error else [None] * 3)]
                      for name, seeds, shares, error in shown]
         parts.append(columns([title, "seeds", *REGIONS], rows))
+    parts.append(columns(*shift_lines(result)))
     return "\n\n".join(parts)
 
 

@@ -6,7 +6,6 @@ It shows what was run, what the paper claims and what is seen here, accuracies, 
 regions, information flux, and the memories of the base model.
 """
 import json
-import math
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -17,9 +16,9 @@ from eval import load, pick_device, set_threads, split_names, steering_from, whi
 from lab import machine_flags, page
 from lab.flux import POSITIONS, first_runs, flux_of, flux_sections
 from lab.memories import LISTED, choose_decoding, decodable, decode, describe, row_of
-from lab.regions import REGIONS, regions_of
-from lab.stats import (FOOTNOTE, NOT_SHOWN, compare, find_runs, interval, left_out, lines_of,
-                       points, suites_of)
+from lab.regions import REGIONS, regions_of, shift_lines, shifts
+from lab.stats import (FOOTNOTE, LEVEL, NOT_SHOWN, compare, difference, find_runs, holm, left_out,
+                       lines_of, points, suites_of)
 from train import RIVALS
 
 ITEMS = 60                             # test items whose tokens are looked at
@@ -30,7 +29,6 @@ CURVES = {"lm_loss": "loss of the language model, nats per token",
           "flux": "information flux (key entropy), nats"}
 INTRO = """InfoSteer steers how much of its feed-forward memory a language model uses while it is
 fine-tuned. This page shows the runs in {}: what was done, what came out, and how sure that is."""
-
 
 
 class Notes(list):
@@ -46,6 +44,10 @@ class Notes(list):
 
 BEATS = {"int": "Raising the smallest coefficients beats plain fine-tuning (Tables 1, 2, 4)",
          "reg": "Rewarding the key entropy beats plain fine-tuning (Tables 1, 2, 4)"}
+PAIRED = "int", "int-value"            # they differ from RANDOM in the choice of memories only
+RANDOM = "int-random"
+IDLE = "Raising the smallest coefficients beats raising random ones (not in the paper)"
+RIVALRY = "A control or rival beats plain fine-tuning (not in the paper)"
 MOVES = (                              # Fig. 4: method, region of |k|, sign of the change, claim
     ("none", "low", 1, "Plain fine-tuning moves coefficients into the low region (Fig. 4)"),
     ("int", "low", -1, "int moves coefficients out of the low region (Fig. 4)"),
@@ -55,15 +57,18 @@ MOVES = (                              # Fig. 4: method, region of |k|, sign of 
     ("reg", "middle", 1, "reg moves coefficients into the middle region (Fig. 4)"))
 LESS_FLUX = {"punctuation": "punctuation", "function": "function words",
              "copied": "words copied from the prompt"}
-AS_CLAIMED, OPPOSITE = "as in the paper", "the opposite"
+CONTROL = "", "dropout", "knowledge", "resuscitation"          # what `method_of` says of one
+LEAST = 30                             # tokens of a class, for a claim about their flux
+AS_CLAIMED, OPPOSITE = "as claimed", "the opposite"
 VERDICTS = (AS_CLAIMED, OPPOSITE, NOT_SHOWN)
 
 
-def verdict(low, high, sign=1):
-    """What an interval of a difference says of the claim that the difference has this sign."""
-    if low is None or low <= 0 <= high:
+def verdict(difference, p, sign=1):
+    """What a difference, and its p value after Holm's correction, say of the claim that it has this
+    sign."""
+    if p is None or p >= LEVEL:
         return NOT_SHOWN
-    return AS_CLAIMED if (low > 0) == (sign > 0) else OPPOSITE
+    return AS_CLAIMED if (difference > 0) == (sign > 0) else OPPOSITE
 
 
 def method_of(arm):
@@ -73,40 +78,36 @@ def method_of(arm):
 
 
 def claims(rows, regions, flux):
-    """What the paper claims, and every comparison of ours with it: [[claim, where, difference,
-    verdict]]. rows: of `compare`; regions, flux: of regions_of and flux_of, or None."""
-    found = []
-
-    def add(claim, where, mean, low, high, sign=1):
-        found.append([claim, where, points(mean, low, high), verdict(low, high, sign)])
-
-    for method, claim in BEATS.items():
-        for row in rows:
-            if method_of(row["arm"]) == method and row["difference"] is not None:
-                add(claim, f"{row['arm']}, {row['suite']}", row["difference"],
-                    *(row["interval"] or (None, None)))
-    arms = {arm: of["by_seed"] for arm, of in regions["arms"].items()} if regions else {}
-    for method, region, sign, claim in MOVES:
-        for arm in arms:
-            if method_of(arm) != method:
-                continue
-            for against in ("base", "none")[:1 if method == "none" else 2]:
-                pairs = [(mine, arms.get(against, {}).get(None if against == "base" else seed))
-                         for seed, mine in arms[arm].items()]  # shares [|k| or k, region]
-                i = REGIONS.index(region)
-                if shifts := [one[0][i] - other[0][i] for one, other in pairs if other]:
-                    add(claim, f"{arm} against {against}", *interval(shifts), sign)
-    for model, at in product(flux["models"] if flux else (), POSITIONS):
-        content = model[at]["classes"]["content"]
-        for name, title in LESS_FLUX.items():
-            other = model[at]["classes"][name]
-            if content["standard_error"] and other["standard_error"]:
-                gap = content["mean"] - other["mean"]
-                error = math.hypot(content["standard_error"], other["standard_error"])
-                found.append([f"Content words have more flux than {title} (section 6)",
-                              f"answers of {model['title']}, {at}",
-                              f"{gap:+.3f} ± {error:.3f} nats",
-                              verdict(gap - 2 * error, gap + 2 * error)])
+    """What the paper claims, what controls have to say, and every comparison of ours: [[claim,
+    where, difference, verdict]]. rows: of `compare`, with plain fine-tuning and with the control of
+    int; regions, flux: of regions_of and flux_of, or None."""
+    found, moves, gaps = [], [], []
+    for row, (measure, sign) in product(rows, (("", 1), ("nll_", -1))):
+        method = method_of(row["arm"])
+        claim = IDLE if row["against"] == RANDOM else BEATS.get(method) or (
+            RIVALRY if method in CONTROL and " " not in row["arm"] else None)
+        if claim and row[f"{measure}difference"] is not None:
+            found.append([claim, f"{row['arm']}, {row['suite']}" + ", nll" * bool(measure),
+                          difference(row, measure, verdict=False),
+                          verdict(row[f"{measure}difference"], row[f"{measure}holm"], sign)])
+    for (method, region, sign, claim), (arm, against, *changes) in product(
+            MOVES, shifts(regions["arms"]) if regions else ()):
+        if method == method_of(arm):
+            of = changes[REGIONS.index(region)]
+            moves.append((claim, f"{arm} against {against}", points(of), of, sign))
+    for model, at, name in product(flux["models"] if flux else (), POSITIONS, LESS_FLUX):
+        of, classes = model[at]["content_against"][name], model[at]["classes"]
+        where = (f"Content words have more flux than {LESS_FLUX[name]} (section 6)",
+                 f"answers of {model['title']}, {at}")
+        if (n := min(classes["content"]["n"], classes[name]["n"])) < LEAST:
+            found.append([*where, "", f"too few tokens ({n})"])
+        elif of["p"] is None:
+            found.append([*where, "", "too few texts that have both"])
+        else:
+            gaps.append((*where, f"{points(of, 1, 3)} nats in {of['texts']} texts", of, 1))
+    for family in (moves, gaps):
+        for (*words, of, sign), p in zip(family, holm([of["p"] for *_, of, _ in family])):
+            found.append([*words, verdict(of["mean"], p, sign)])
     return found
 
 
@@ -114,14 +115,13 @@ def claims_section(found):
     """What `claims` found: a line for each claim, and every comparison behind a click."""
     lines = []
     for claim in dict.fromkeys(row[0] for row in found):
-        verdicts = [row[3] for row in found if row[0] == claim]
+        verdicts = [row[3] for row in found if row[0] == claim and row[3] in VERDICTS]
         lines.append([claim, len(verdicts), *map(verdicts.count, VERDICTS)])
-    every = page.table(["the paper", "here", "difference", "verdict"], found, note=(
-        "Of accuracies and of shares of the coefficients, the difference is in percentage points, "
-        "with its 95% interval over seeds. Of flux, it stands with its standard error, for which "
-        "both means are taken as independent; it is not shown within two of them. One comparison "
-        "in twenty would exclude zero by chance alone."))
-    return page.table(["the paper", "comparisons here", *VERDICTS], lines) + (
+    every = page.table(["claim", "here", "difference", "verdict"], found, note=(
+        "Differences have 95% intervals: of accuracies, in points, and of nll, as in the tables "
+        "below; of shares of the coefficients, in points, over seeds; of flux, over texts. "
+        "Verdicts are after Holm's correction, of all accuracies, all nll, all shares, all flux."))
+    return page.table(["claim", "comparisons here", *VERDICTS], lines) + (
         f"<details><summary>Every comparison</summary>{every}</details>")
 
 
@@ -147,13 +147,13 @@ def runs_section(trained):
     return page.table(header, rows) + page.preformatted("\n".join(commands))
 
 
-def accuracy_chart(rows, note=""):
+def accuracy_chart(rows):
     if not rows:
         return page.paragraph(page.NOTHING)
     found = {(row["arm"], row["suite"]): as_bar(row["mean"], row["standard_error"]) for row in rows}
     arms, suites = (dict.fromkeys(names) for names in zip(*found))
     series = {arm: [found.get((arm, suite)) for suite in suites] for arm in arms}
-    return page.bars(list(suites), series, note=note)
+    return page.bars(list(suites), series)
 
 
 def as_bar(mean, error):
@@ -198,7 +198,7 @@ def regions_section(regions):
                   for arm, found in regions["arms"].items()}
         body += page.bars(list(REGIONS), series, note=(
             f"share of the key coefficients in the base model's quartile regions, {name}"))
-    return body
+    return body + page.table(*shift_lines(regions), "paired by seed, with 95% intervals over seeds")
 
 
 def clear_memories(model, device):
@@ -255,12 +255,13 @@ def sections_of(runs, device, notes):
     with it, and itself."""
     trained = [run for run in runs if run["settings"].get("base") is not True]
     model = base_of(runs)
-    rows, tasks = compare(runs), {task for run in runs for task in run["scores"]}
+    rows, tasks = compare(runs, say=notes), {task for run in runs for task in run["scores"]}
+    random = compare([run for run in runs if run["arm"] in (*PAIRED, RANDOM)], against=RANDOM)
     singles = {task: [task] for tasks in suites_of(tasks).values() for task in tasks}
     sections = [
-        ("Accuracy", page.table(*lines_of(rows)) + page.table(*lines_of(rows, nll=True),
-                                                              " ".join(FOOTNOTE.split()))),
-        ("Suite by suite", accuracy_chart(rows, "mean over the tasks of a suite")),
+        ("Accuracy", page.table(*lines_of(rows)) + page.table(
+            *lines_of(rows, measure="nll_"), " ".join(FOOTNOTE.split()))),
+        ("Suite by suite", accuracy_chart(rows)),
         ("Task by task (the paper's Fig. 3)", accuracy_chart(compare(runs, singles)))]
     regions = flux = None
     if trained:
@@ -279,7 +280,7 @@ def sections_of(runs, device, notes):
         sections += more
     except BadInput as error:
         sections.append(("Memories", page.paragraph(f"What memories do cannot be shown: {error}.")))
-    found = claims_section(claims(rows, regions, flux))
+    found = claims_section(claims(rows + random, regions, flux))
     return [*sections[:1], ("What the paper claims, and what is seen here", found), *sections[1:]]
 
 

@@ -2,9 +2,9 @@
 
     python -m lab.speed                                a small shape on a CPU, a few minutes
     python -m lab.speed --shape head17 vocab152k --against hf
-    python -m lab.speed --parts growth                 does time or memory outgrow the model's work?
     python -m lab.speed --device cuda --shape MODEL/config.json --micro-tokens 16384
     python -m lab.speed --fits                         how much GPU memory each model needs
+    python -m lab.speed --model DIR --task ARC-Easy --data data/public --precision bf16 --against hf
 
 What is compared runs in turns of random order. The first turn is not counted. A value is the median
 over turns, and a ratio is the median of the ratios within each turn. On a CPU, only ratios mean
@@ -17,13 +17,14 @@ step      seconds of forward, backward, clipping and AdamW on 64 sequences, as i
 memory    MiB at the peak of a step on top of weights, gradients and AdamW's moments, and of a
           forward pass of 4 sequences. On a CPU the profiler finds it, which sees every tensor.
 decode    seconds to answer 64 prompts, token by token
-load      seconds of processor time of from_pretrained: a bf16 file, read as fp32
-growth    a step with longer rows, or more of them: the time per FLOP relative to the first, and the
-          bytes for each token of a micro-batch and each of its key coefficients
+rank      seconds to rank the answers of the items of a step by likelihood (with --model)
+
+--model measures a published checkpoint on a task's training rows: a step, the memory of the process
+after three, greedy decoding, and ranking the answers of each item.
 
 --against hf does the same work with the transformers library, in the loop that one writes first:
-micro-batches of 4 in random order, padded, the LM head on all tokens. Whether both have the same
-gradients, in fp32, and say the same tokens is checked before anything is timed.
+micro-batches of 4 in random order, padded, the LM head on all tokens; with --model, its best of 4,
+8 and 16. Whether both have the same gradients and say the same is looked at before it is timed.
 """
 import dataclasses
 import gc
@@ -45,7 +46,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from data import BadInput, Parser, command, positive, progress, read_json, write_whole
-from eval import TOY_FOLDER, pick_device
+from data.runs import peak_memory
+from data.tasks import load as load_examples
+from eval import TOY_FOLDER, load, pairs_of, pick_device, pick_dtype
 from infosteer import Steering
 from model import Config, Transformer
 
@@ -60,9 +63,10 @@ SHAPES = {                             # name -> a config.json, and what is smal
     "vocab152k": (QWEN, dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
                              num_attention_heads=4)),          # the LM head is 83% of 47M
 }
-PARTS = ("step", "memory", "decode", "load", "growth")
+PARTS = ("step", "memory", "decode")
 BATCH = 64                             # sequences in a step, and prompts to answer
 PEER_STEP, PEER_DECODING = 4, 32       # sequences in a micro-batch of the peer
+PEER_STEPS = 4, 8, 16                  # of which the best counts, for a published model
 KINDS = {              # tokens: of a prompt, of a response, that all prompts begin with, to decode
     "choice": ((44, 64), (5, 5), 12, 32),      # like BoolQ, where 8% of the tokens is supervised
     "maths": ((40, 112), (30, 122), 0, 256),   # like GSM8K, where half of them is
@@ -108,13 +112,14 @@ def draw(kind, vocab_size, n, seed):
 def backward(args, model, method, rows, checkpoint=False, budget=None, forward=False):
     """The gradients of one optimizer step, as in train.py -> its loss. With `forward`, the loss of
     the first micro-batch only, and all that its backward pass would need."""
-    steering, total = Steering(method), 0.0
+    steering, total, shared = Steering(method), 0.0, args.bf16 and args.device.type == "cpu"
     lengths = [len(ids) - 1 for ids, _ in rows]
     n_tokens, n_supervised = sum(lengths), sum(len(ids) - n for ids, n in rows)
-    for batch in train.micro_batches(range(len(rows)), lengths, budget or args.micro_tokens):
+    for batch in train.micro_batches(range(len(rows)), lengths, budget or args.micro_tokens,
+                                     not shared):
         with torch.autocast(args.device.type, torch.bfloat16, args.bf16, cache_enabled=False):
             loss, *_ = train.step_loss(model, [rows[row] for row in batch], n_supervised, n_tokens,
-                                       steering, checkpoint)
+                                       steering, checkpoint, shared=shared)
         if forward:
             return loss
         loss.backward()
@@ -139,25 +144,25 @@ def padded(rows, device, fill=0, left=False):
 class Peer:
     """The same weights in the transformers library, with the loop that one writes first."""
 
-    def __init__(self, args, model):
+    def __init__(self, args, model, folder=None):
         import transformers
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         # The squashed scores of Gemma 2 have no other kernel there.
         attention = "eager" if model.config.attn_softcap else "sdpa"
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as made:
+            folder or model.save_pretrained(made)
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, attn_implementation=attention, dtype=model.embed.weight.dtype)
+                folder or made, attn_implementation=attention, dtype=model.embed.weight.dtype)
         self.model, self.args = self.model.to(args.device), args
 
-    def backward(self, rows, forward=False):
+    def backward(self, rows, forward=False, size=PEER_STEP):
         """As `backward` does; the loss is the mean over the supervised tokens of the step."""
         device, total = self.args.device, 0.0
         n_supervised = torch.tensor(sum(len(ids) - n for ids, n in rows), device=device)
-        for start in range(0, len(rows), PEER_STEP):
-            part = rows[start:start + PEER_STEP]
-            tokens = padded([ids for ids, _ in part], device)                      # [4, T]
+        for start in range(0, len(rows), size):
+            part = rows[start:start + size]
+            tokens = padded([ids for ids, _ in part], device)                      # [size, T]
             mask = padded([[1] * len(ids) for ids, _ in part], device)
             labels = padded([[-100] * n + ids[n:] for ids, n in part], device, fill=-100)
             with torch.autocast(device.type, torch.bfloat16, self.args.bf16):
@@ -185,11 +190,25 @@ class Peer:
         return outputs
 
 
+    @torch.inference_mode()
+    def rank(self, pairs):
+        """log P(continuation | prompt) of each pair: padded batches of whole texts, all logits."""
+        scores, device = [], self.args.device
+        for start in range(0, len(pairs), PEER_DECODING):
+            part = pairs[start:start + PEER_DECODING]
+            tokens = padded([prompt + more for prompt, more in part], device)      # [32, T]
+            mask = padded([[1] * len(prompt + more) for prompt, more in part], device)
+            logits = self.model(tokens, attention_mask=mask, use_cache=False).logits.float()
+            found = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+            scores += [row[len(prompt) - 1:len(prompt + more) - 1].sum().item()
+                       for row, (prompt, more) in zip(found, part)]
+        return scores
+
+
 # ------------------------------------------------------------------------------- measuring
 
 
-def in_turns(args, add, part, works, to=lambda name: "peer", size=lambda name: (0, 1),
-             clock=time.perf_counter):
+def in_turns(args, add, part, works, to=lambda name: "peer", size=lambda name: (0, 1)):
     """Time {name: function of the turn}. Each turn has another order, since what ran before is
     felt. to(name) is what a work is compared with, and size(name) its tokens and FLOPs."""
     seconds = {name: [] for name in works}
@@ -198,16 +217,17 @@ def in_turns(args, add, part, works, to=lambda name: "peer", size=lambda name: (
         for turn in range(args.turns + 1):
             for name in random.Random(turn).sample([*works], len(works)):
                 wait()
-                began = clock()
+                began = time.perf_counter()
                 works[name](turn)
                 wait()
-                seconds[name].append(clock() - began)
+                seconds[name].append(time.perf_counter() - began)
                 bar.update()
     for name in works:
-        other = to(name) if to(name) in works and to(name) != name else None
+        others = [other for other in works if other != name
+                  and (other == to(name) or other.startswith(f"{to(name)}, "))]
+        other = min(others, key=lambda other: statistics.median(seconds[other][1:]), default=None)
         pairs = zip(seconds[name][1:], seconds[other or name][1:])
         share = statistics.median(ours / theirs for ours, theirs in pairs)
-        share *= size(other or name)[1] / size(name)[1]        # of the time for one FLOP
         each, (tokens, flops) = statistics.median(seconds[name][1:]), size(name)
         add(part, name, each, "s", share, other, tokens / each, flops / each)
 
@@ -244,43 +264,49 @@ def flops_of(model, rows):
     return 6 * (body * sum(lengths) + head + pairs)
 
 
-def check_gradients(add, model, peer, rows, gradients):
+def check_gradients(args, add, model, peer, rows, gradients):
     """Do both compute the same? The gradients are 0 afterwards. Raises BadInput if not."""
     add("agree", "loss", abs(gradients(rows) / peer.backward(rows) - 1).item(), "of it")
     theirs = {name: weight.grad for name, weight in peer.model.named_parameters()}
     apart = max(((weight.grad - theirs[name]).norm() / theirs[name].norm()).item()
                 for _, name, weight in model._named())
     add("agree", "gradients", apart, "of their norm")
-    if not apart < 1e-3:
+    if not apart < (0.2 if args.bf16 else 1e-3):               # of bf16, in each of many layers
         raise BadInput("--against hf: the gradients differ, so there is nothing to compare")
     model.zero_grad()
     peer.model.zero_grad()
 
 
-def measure_steps(args, add, kind, raw):
-    """Time and memory of a training step, and whether the peer computes the same."""
-    model = new_model(raw, args.device)
-    data = [draw(kind, model.config.vocab_size, BATCH, turn) for turn in range(args.turns + 1)]
+def measure_steps(args, add, model, data, folder=None):
+    """Time and memory of training steps, whose rows are in `data`, and whether the peer computes
+    the same. A published model in `folder` is compared with the peer's best of PEER_STEPS."""
     four = PEER_STEP * max(len(ids) - 1 for ids, _ in data[0])
     plain = partial(backward, args, model, "none")
-    # name: (gradients of rows, whose, compared with)
-    passes = {"none": (plain, model, "peer"),
-              "int": (partial(backward, args, model, "int"), model, "none"),
-              "reg": (partial(backward, args, model, "reg"), model, "none"),
-              "none + checkpoint": (partial(plain, checkpoint=True), model, "none")}
+    passes = {"none": (plain, model, "peer")}      # name: (gradients of rows, whose, compared with)
     forward = {"forward": (partial(plain, budget=four, forward=True), model, "peer's forward")}
+    if not folder:
+        passes |= {"int": (partial(backward, args, model, "int"), model, "none"),
+                   "reg": (partial(backward, args, model, "reg"), model, "none"),
+                   "none + checkpoint": (partial(plain, checkpoint=True), model, "none")}
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=True)
+        for rows in data[:3]:          # before the peer is there
+            plain(rows)
+            update(optimizer, model)
+        add("memory", "the process, 3 steps", peak_memory(args.device) / 2**30, "GiB")
     if args.against:
-        args.bf16, peer = False, Peer(args, model)
-        check_gradients(add, model, peer, data[0], plain)
-        args.bf16 = args.device.type == "cuda"
-        passes["peer"] = peer.backward, peer.model, None
+        peer = Peer(args, model, folder)
+        check_gradients(args, add, model, peer, data[0], plain)
+        for n in PEER_STEPS if folder else [PEER_STEP]:
+            name = f"peer, {n} rows" if folder else "peer"
+            passes[name] = partial(peer.backward, size=n), peer.model, None
         forward["peer's forward"] = partial(peer.backward, forward=True), peer.model, None
     if args.compile:
         torch._dynamo.config.specialize_float = True           # p and alpha are constants of a run
         for block in model.blocks:
             block.compile(dynamic=True)
     if "step" in args.parts:
-        optimizers = {owner: torch.optim.AdamW(owner.parameters(), 1e-5, fused=True)
+        optimizers = {owner: torch.optim.AdamW(owner.parameters(), 0.0, fused=True)
                       for _, owner, _ in passes.values()}
 
         def step(gradients, owner, _, turn):
@@ -291,7 +317,7 @@ def measure_steps(args, add, kind, raw):
                 statistics.mean(flops_of(model, rows) for rows in data[1:]))
         in_turns(args, add, "step", {name: partial(step, *each) for name, each in passes.items()},
                  lambda name: passes[name][2], lambda name: size)
-    if "memory" in args.parts and (args.bf16 or not args.compile):
+    if "memory" in args.parts and not folder and (args.bf16 or not args.compile):
         passes.pop("peer", None)       # it takes fewer tokens at a time; compare the forward passes
         peaks = {name: peak_of(partial(gradients, data[0]), owner, args.device) / 2**20
                  for name, (gradients, owner, _) in {**passes, **forward}.items()}
@@ -300,61 +326,62 @@ def measure_steps(args, add, kind, raw):
             add("memory", name, peaks[name], "MiB", to and peaks[name] / peaks[to], to)
 
 
-def measure_decoding(args, add, kind, raw):
-    """A row ends where its drawn response does: what the model says there ends a sequence."""
-    most = KINDS[kind][-1]
+def measure_shape(args, add, kind, raw):
+    """A step, and decoding where a row ends where its drawn response does: what the model says
+    there ends a sequence."""
+    model, most = new_model(raw, args.device), KINDS[kind][-1]
+    vocabulary = model.config.vocab_size
+    if {"step", "memory"} & set(args.parts):
+        measure_steps(args, add, model, [draw(kind, vocabulary, BATCH, turn)
+                                         for turn in range(args.turns + 1)])
+    if "decode" not in args.parts:
+        return
     model = new_model(raw, args.device, torch.bfloat16 if args.bf16 else torch.float32).eval()
     with torch.no_grad():
         for weight in model.blocks.parameters():   # at the usual scale it repeats one token
             weight *= 4 if weight.dim() == 2 else 1
-    rows = draw(kind, model.config.vocab_size, BATCH, 0)
+    rows = draw(kind, vocabulary, BATCH, 0)
     prompts = [ids[:n] for ids, n in rows]
     model.config = dataclasses.replace(model.config, eos_ids=())
     said = model.generate(prompts, most)
     ends = {row[len(ids) - n - 1] for row, (ids, n) in zip(said, rows) if len(ids) - n <= most}
     model.config = dataclasses.replace(model.config, eos_ids=tuple(ends))
+    measure_decoding(args, add, model, prompts, most)
+
+
+def measure_checkpoint(args, add):
+    """A published model on a task's rows: steps, decoding, and ranking of each item's options."""
+    examples = load_examples(args.data, args.task, "train")[:args.rows * (args.turns + 1)]
+    model, tokenizer = load(args.model, device=args.device)
+    rows = train.encode(examples, tokenizer, LONGEST)
+    data = [rows[start:start + args.rows] for start in range(0, len(rows), args.rows)]
+    if {"step", "memory"} & set(args.parts):
+        measure_steps(args, add, model, data * (args.turns + 1), args.model)
+    if "decode" in args.parts:
+        model = model.to(torch.bfloat16 if args.bf16 else torch.float32).eval()
+        pairs = [pair for example in examples[:args.rows]
+                 for pair in pairs_of(tokenizer, example, "choice")[0]]
+        measure_decoding(args, add, model, [ids[:n] for ids, n in data[0]], 32, pairs, args.model)
+
+
+def measure_decoding(args, add, model, prompts, most, pairs=(), folder=None):
+    """Answering prompts with at most so many tokens; the likelihood of (prompt, continuation)s."""
     said = model.generate(prompts, most)
     add("decode", "new tokens in a row", statistics.mean(map(len, said)), "")
-    works = {"generate": lambda turn: model.generate(prompts, most)}
+    decode = {"generate": lambda turn: model.generate(prompts, most)}
+    rank = {"rank": lambda turn: model.log_likelihood(*zip(*pairs))}
     if args.against:
-        peer = Peer(args, model)
-        works["peer"] = lambda turn: peer.generate(prompts, most, ends)
-        differing = sum(ours != theirs for ours, theirs in zip(said, works["peer"](0), strict=True))
-        add("agree", "rows with other tokens", differing, f"of {len(rows)}")
-    in_turns(args, add, "decode", works)
-
-
-def measure_loading(args, add, raw):
-    """Reading a bf16 checkpoint as fp32 into CPU memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        new_model(raw, "cpu", torch.bfloat16).save_pretrained(folder)
-        works = {"from_pretrained": lambda turn: Transformer.from_pretrained(folder)}
-        if args.against:
-            import transformers
-            transformers.logging.disable_progress_bar()
-            works["peer"] = lambda turn: transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32)
-        in_turns(args, add, "load", works, clock=time.process_time)
-
-
-def measure_growth(args, add, raw):
-    """A step with n rows of T tokens."""
-    model, works, sizes = new_model(raw, args.device), {}, {}
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-
-    def step(rows, turn):
-        backward(args, model, "none", rows)
-        update(optimizer, model)
-
-    for n, T in ((32, 64), (16, 128), (8, 256), (4, 512), (2, 1024), (32, 128), (64, 128)):
-        ids = torch.randint(3, model.config.vocab_size, (n, T + 1)).tolist()
-        rows, name = [(row, T - T // 8) for row in ids], f"{n} rows of {T}"
-        works[name], sizes[name] = partial(step, rows), (n * T, flops_of(model, rows))
-        peak = peak_of(partial(backward, args, model, "none", rows), model, args.device)
-        at_once = max(1, min(n, args.micro_tokens // T)) * T
-        peak /= at_once * model.config.n_layers * model.config.d_m
-        add("growth", name, peak, "bytes")
-    in_turns(args, add, "growth", works, lambda name: [*works][0], sizes.get)
+        peer, ends = Peer(args, model, folder), set(model.config.eos_ids)
+        decode["peer"] = lambda turn: peer.generate(prompts, most, ends)
+        rank["peer"] = lambda turn: peer.rank(pairs)
+        differing = sum(ours != theirs for ours, theirs in zip(said, decode["peer"](0)))
+        add("agree", "rows with other tokens", differing, f"of {len(prompts)}")
+    in_turns(args, add, "decode", decode)
+    if pairs and args.against:
+        scores = zip(rank["rank"](0), rank["peer"](0), strict=True)
+        apart = max(abs(ours - theirs) for ours, theirs in scores)
+        add("agree", "likelihoods", apart, "nats at most")
+    in_turns(args, add, "rank", rank if pairs else {})
 
 
 # ---------------------------------------------------------------------------- what fits where
@@ -413,8 +440,14 @@ def main(argv=None):
     add = parser.add_argument
     add("--shape", nargs="+", metavar="S", help=f"{', '.join(SHAPES)}, or a published config.json "
         "(default: head17; with --fits, the published models in tests/golden/configs)")
-    add("--parts", choices=PARTS, nargs="+", default=PARTS[:4], help="(default: all but growth)")
+    add("--parts", choices=PARTS, nargs="+", default=PARTS, help="(default: all)")
     add("--kind", choices=KINDS, nargs="+", default=list(KINDS), help="lengths (default: both)")
+    add("--model", metavar="DIR", help="measure this checkpoint folder")
+    add("--task", default="ARC-Easy", help="on this task's training rows (default: ARC-Easy)")
+    add("--data", metavar="DIR", default="data/public", help="(default: data/public)")
+    add("--rows", type=positive, default=32, metavar="N", help="in a step (default: 32)")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="with --model, as "
+        "in train.py; bf16 is not measured on a processor that does not multiply it by itself")
     add("--against", choices=("hf",), help="do the same work with transformers, if it is installed")
     add("--compile", action="store_true", help="compile each block, as train.py "
         "--compile does (the memory of compiled blocks is measured on cuda only)")
@@ -431,25 +464,27 @@ def main(argv=None):
         raise BadInput("--against hf needs the transformers library, which is not installed here")
     args.device = pick_device(args.device)
     args.bf16 = args.device.type == "cuda"
-    args.micro_tokens = args.micro_tokens or train.MICRO_TOKENS["cuda" if args.bf16 else "cpu"]
-    processor = torch.cuda.get_device_name(args.device) if args.bf16 else platform.machine()
+    if args.model:
+        train.keep_memory()
+        native = pick_dtype("auto", args.device, Config.from_pretrained(args.model)) == "bfloat16"
+        if args.precision == "bf16" and not native:
+            return print(f"not measured: on this {args.device}, bf16 does not pay for this model")
+        args.bf16 = native and args.precision != "fp32"
+    args.micro_tokens = args.micro_tokens or train.MICRO_TOKENS["bf16" if args.bf16 else "fp32"]
+    cuda = args.device.type == "cuda"
+    processor = torch.cuda.get_device_name(args.device) if cuda else platform.machine()
     machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor}"
     print(f"{machine}, medians of {args.turns} turns")
     results = Results()
-    for shape in args.shape or ["head17"]:
+    if args.model:
+        measure_checkpoint(args, partial(results.add, Path(args.model).name[:9], args.task[:6]))
+    for shape in args.shape or ([] if args.model else ["head17"]):
         raw, name = config_of(shape), Path(shape).stem
         for kind in args.kind:
-            if {"step", "memory"} & set(args.parts):
-                measure_steps(args, partial(results.add, name, kind), kind, raw)
-            if "decode" in args.parts:
-                measure_decoding(args, partial(results.add, name, kind), kind, raw)
-        if "load" in args.parts:
-            measure_loading(args, partial(results.add, name, ""), raw)
-        if "growth" in args.parts:
-            measure_growth(args, partial(results.add, name, ""), raw)
-        if args.json:
-            about = {"machine": machine, "command": argv or sys.argv[1:], "results": results}
-            write_whole(args.json, json.dumps(about, indent=2) + "\n")
+            measure_shape(args, partial(results.add, name, kind), kind, raw)
+    if args.json:
+        about = {"machine": machine, "command": argv or sys.argv[1:], "results": results}
+        write_whole(args.json, json.dumps(about, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_one_model_by_several_paths_is_one_and_its_arms_are_paired(runs):
 def test_a_page_and_a_json_say_what_was_left_out(runs):
     make_run(runs / "fast", "reg", 5, lr=0.01)
     code, out, error = call(experiment, "--compare", runs, "--json")
-    assert code == 0 and len(json.loads(out)) == 3 and "lr 0.01" in error
+    assert code == 0 and len(json.loads(out)["rows"]) == 3 and "lr 0.01" in error
     code, _, error = call(report, runs)
     text = (runs / "report.html").read_text(encoding="utf-8")
     assert code == 0 and error.count("\n") == 1 and text.count("lr 0.01 instead of 0.001") == 1
@@ -471,7 +471,7 @@ def test_more_items_than_there_are_are_all_items(trained, copied):
     code, out, error = call(experiment, "--steer", "none", "reg", "--seed", 0, 1, "--out", copied,
                             *flags(trained / "tiny", trained / "data"), "--items", 1000, "--json")
     assert code == 0
-    assert {row["arm"]: row["mean"] for row in json.loads(out)} == {
+    assert {row["arm"]: row["mean"] for row in json.loads(out)["rows"]} == {
         arm: row["mean"] for arm, row in rows_of(copied).items()}
     assert not [*copied.glob("*/eval/*first*")]
 

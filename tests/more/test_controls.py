@@ -612,7 +612,7 @@ def test_the_controls_are_arms_of_an_experiment(place, capsys):
     what = flags(place, "experiment", "--limit", "4", "--epochs", "2")
     main(["controls", "--seed", "0", "--items", "1", *what])
     said, arms = capsys.readouterr().out, [read_settings(arm.split()).arm for arm in CONTROLS]
-    assert arms[:4] == ["none", "int", "int-value", "int-random"] and "The paper" not in said
+    assert arms[:4] == ["none", "int", "int-value", "int-random"] and "Table 2," in said
     assert [line.split()[0] for line in said.splitlines()[4:19]] == ["base", *arms]
     assert {path.name for path in (place / "experiment").glob("base-*")} == {
         "base-base", *(f"base-{arm}-seed0" for arm in arms)}

@@ -113,6 +113,15 @@ def test_likelihoods_do_not_depend_on_the_batch(golden, batch_tokens):
     assert scores == pytest.approx(alone, abs=1e-4)
 
 
+def test_a_steering_is_used_in_likelihoods():
+    model = Transformer.from_pretrained(GOLDEN / "llama3")
+    steering, ids = Steering("int", p=0.2, alpha=3.0), [3, 4, 5, 6]
+    found, = model.log_likelihood([ids[:2]], [ids[2:]], steering)
+    log_p = model(torch.tensor([ids]), steering)[0].log_softmax(-1)
+    assert found == pytest.approx((log_p[1, 5] + log_p[2, 6]).item(), abs=1e-4)
+    assert found != pytest.approx(model.log_likelihood([ids[:2]], [ids[2:]])[0], abs=1e-3)
+
+
 def test_each_continuation_needs_a_prompt():
     model = Transformer.from_pretrained(GOLDEN / "llama3")
     with pytest.raises(ValueError):
@@ -144,9 +153,16 @@ def test_decoding_reads_one_token_for_each_row_that_goes_on(counted):
 
 
 def test_likelihoods_run_the_lm_head_once_for_each_place(counted):
-    # Places of [3, 4]: its last, for 9, 10 and 11; and that of 9, for 11 and 12.
+    # Places: the 4, for 9, 10 and 11; and the 9 after it, for 11 and 12. All is read once.
     counted.log_likelihood([[3, 4]] * 4, [[9], [10], [9, 11], [9, 12]])
-    assert sum(counted.head_rows) == 3 and sum(counted.read_tokens) == 2 * 3
+    assert sum(counted.head_rows) == 2 and sum(counted.read_tokens) == 3
+
+
+def test_an_items_prompt_is_read_once_for_all_its_options(counted):
+    prompts = [[5] * 20, [6] * 20]
+    options = [[7, 8, 9], [10, 11, 12], [13, 14, 15]]
+    counted.log_likelihood([p for p in prompts for _ in options], options * 2)
+    assert sum(counted.read_tokens) == 2 * (20 + 3 * 2) and sum(counted.head_rows) == 2 * 7
 
 
 def test_prompts_are_read_in_passes_of_the_size_asked_for(counted):

@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     write_task(data, "boolq", "train", questions)
     write_task(data, "boolq", "test", questions[:6])
     what = ["--model", model, "--task", "boolq", "--data", data, *RECIPE]
-    rows = json.loads(output([*ARMS, *what, "--out", folder / "out", "--json"]))
+    rows = json.loads(output([*ARMS, *what, "--out", folder / "out", "--json"]))["rows"]
     return folder / "out", what, rows
 
 
@@ -80,9 +80,29 @@ def test_the_rows_are_means_over_the_seeds(made):
     assert rows["none"]["nll_difference"] is None and len(rows["reg-lam0.05"]["nll_interval"]) == 2
 
 
+def test_json_has_every_number_of_every_run_and_item(made):
+    found = json.loads(output(["--compare", made[0], "--json"]))
+    rows, runs = {row["arm"]: row for row in found["rows"]}, found["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [("base", None), *(
+        (arm, seed) for arm in ("none", "int-value", "reg-lam0.05") for seed in (0, 1))]
+    for run in runs:
+        path = made[0] / (f"tiny-{run['arm']}" + f"-seed{run['seed']}" * (run["arm"] != "base"))
+        lines = (path / "eval" / "boolq.jsonl").read_text().splitlines()
+        assert run["items"]["boolq"] == [
+            {name: json.loads(line)[name] for name in ("index", "correct", "nll")}
+            for line in lines] and len(lines) == 6
+    for arm in ("int-value", "reg-lam0.05"):                   # a p value for either kind and both
+        of = rows[arm]["nll_levels"]
+        assert list(of) == ["seeds", "items", "seeds and items"]
+        assert all(0 <= one["p"] <= 1 and one["low"] < one["mean"] < one["high"]
+                   for one in of.values())
+        assert rows[arm]["nll_holm"] >= rows[arm]["nll_p"] == of["seeds and items"]["p"]
+        assert rows[arm]["by_seed"].keys() == {"0", "1"}
+
+
 def test_finished_runs_are_not_trained_again(made, capsys):
     weights = {path: path.stat().st_mtime_ns for path in made[0].glob("*/model.safetensors")}
-    again = json.loads(output([*ARMS, *made[1], "--out", made[0], "--json"]))
+    again = json.loads(output([*ARMS, *made[1], "--out", made[0], "--json"]))["rows"]
     assert again == made[2] and len(weights) == 6
     assert weights == {path: path.stat().st_mtime_ns for path in weights}
     assert "6 runs, 6 of them finished; 0 to train" in capsys.readouterr().err
@@ -120,12 +140,13 @@ def test_overwrite_trains_everything_again(copied, capsys):
 
 
 def test_compare_shows_a_folder_again(made):
-    assert json.loads(output(["--compare", made[0], "--json"])) == made[2]
+    assert json.loads(output(["--compare", made[0], "--json"]))["rows"] == made[2]
     text = output(["--compare", made[0]])
     assert text.splitlines()[2].split() == "arm seeds accuracy, % difference to none".split()
     assert text.splitlines()[9].split() == "arm seeds nll difference to none".split()
     assert max(map(len, text.splitlines())) <= 100
     assert "reg-lam0.05" in text and "95% interval" in text and "the paper" not in text
+    assert "(seeds)" not in text.partition("Accuracy, and nll")[0]             # items are there
 
 
 def test_a_missing_test_file_shows_before_hours_of_training(tmp_path, made):
@@ -252,9 +273,10 @@ def test_a_table_is_trained_scored_and_set_beside_the_paper_s(tmp_path, capsys):
     main(["table1", "--seed", "0", *recipe, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert lines[2][-2:] == ["the", "paper"]
-    assert [(line[0], line[-1]) for line in lines[4:9]] == [
-        ("base", "76.8"), ("none", "81.2"), ("int", "83.3"), ("int-value", "seed)"),
-        ("reg", "82.6")]
+    assert lines[2][-3:] == ["the", "paper", "excludes"]
+    assert [(line[0], *(word for word in line if word in {"76.8", "81.2", "83.3", "82.6"}))
+            for line in lines[4:9]] == [("base", "76.8"), ("none", "81.2"), ("int", "83.3"),
+                                        ("int-value",), ("reg", "82.6")]
+    assert lines[6][-2] == "(items)"   # one seed has an interval over its items
     assert "The paper: Table 1" in out and "next" not in out
     assert len(list(tmp_path.glob("llama-*-seed0"))) == 4

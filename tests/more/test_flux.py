@@ -71,7 +71,7 @@ def test_a_steered_flux_is_of_the_keys_as_they_were_changed(llama, keeps):
     assert torch.equal(item["fed"], plain["fed"]) == (keeps.method == "reg")
 
 
-def test_surprisal_is_of_the_token_itself_and_next_is_of_the_one_after_it(llama):
+def test_surprisal_is_of_the_token_itself(llama):
     model, tokenizer = llama
     item, = measure_flux(model, tokenizer, [("", TEXT)])
     ids = tokenizer.encode(TEXT)
@@ -79,8 +79,6 @@ def test_surprisal_is_of_the_token_itself_and_next_is_of_the_one_after_it(llama)
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
     expected = torch.stack([-log_p[i - 1, ids[i]] for i in range(1, len(ids))])
     torch.testing.assert_close(item["surprisal"], expected)
-    torch.testing.assert_close(item["next"][:-1], expected[1:])
-    assert item["next"][-1].isnan(), "nothing follows a text"
 
 
 def test_the_very_first_place_is_not_read(llama):
@@ -120,18 +118,16 @@ def test_an_answer_is_the_greedy_one_and_its_end_is_read_but_not_shown(llama):
     assert answer[-1] == tokenizer.eos_id
     assert "".join(piece["text"] for piece in item["pieces"]) == text
     assert len(item["fed"]) == len(item["generating"]) == len(answer) - 1
-    assert item["next"].isfinite().all(), "the end of an answer is what follows its last token"
     read, = measure_flux(model, tokenizer, [(prompt, text)])
     torch.testing.assert_close(read["fed"], item["fed"])
     torch.testing.assert_close(read["generating"], item["generating"])
 
 
-def test_an_answer_that_was_cut_is_shown_whole_and_nothing_follows_it(llama):
+def test_an_answer_that_was_cut_is_shown_whole(llama):
     model, tokenizer = llama
     prompt = load_examples(ROOT / "data" / "toy", "toy-sums", "test")[0].prompt
     item, = measure_flux(model, tokenizer, [(prompt, None)], 3)
     assert len(item["fed"]) == 3 and sum(piece["tokens"] for piece in item["pieces"]) == 3
-    assert item["next"].isnan().tolist() == [False, False, True]
 
 
 def test_what_stands_in_the_prompt_is_copied(llama):
@@ -192,21 +188,18 @@ def test_the_numbers_of_measured_texts():
     flux = (5 + 0.1 * group).double()
     own = torch.randn(N, generator=g, dtype=torch.double) + group
     unknown = torch.arange(N) % 3 == 0
-    following = torch.where(unknown, torch.nan, own.flip(0))
+    surprisal = torch.where(unknown, torch.nan, own)
     measured = []
     for t in range(7):
         here = text == t
         pieces = [{"class": CLASSES[i], "tokens": 1} for i in group[here]]
-        measured.append({"fed": flux[here], "surprisal": own[here], "next": following[here],
-                         "pieces": pieces})
+        measured.append({"fed": flux[here], "surprisal": surprisal[here], "pieces": pieces})
     numbers = flux_numbers(measured, "fed")
     assert numbers["n"] == N and numbers["mean"] == pytest.approx(flux.mean().item())
-    raw, within = numbers["correlations"]["own"].values()
-    assert raw["r"] == pytest.approx(correlation(flux, own), abs=1e-6) and raw["n"] == N
-    assert within["r"] is None, "no flux varies within a class"
-    raw = numbers["correlations"]["next"]["raw"]
-    expected = correlation(flux[~unknown], following[~unknown])
+    raw, within = numbers["correlations"].values()
+    expected = correlation(flux[~unknown], own[~unknown])
     assert raw["r"] == pytest.approx(expected, abs=1e-6) and raw["n"] == int((~unknown).sum())
+    assert within["r"] is None, "no flux varies within a class"
     for i, name in enumerate(CLASSES[:4]):
         cell = numbers["classes"][name]
         assert cell["mean"] == pytest.approx(5 + 0.1 * i)
@@ -217,11 +210,31 @@ def test_the_numbers_of_measured_texts():
 
 def test_a_piece_of_several_tokens_counts_as_several():
     flux = torch.tensor([1.0, 2.0, 6.0])
-    item = {"generating": flux, "surprisal": flux, "next": flux,
+    item = {"generating": flux, "surprisal": flux,
             "pieces": [{"class": "content", "tokens": 2}, {"class": "digits", "tokens": 1}]}
     classes = flux_numbers([item], "generating")["classes"]
     assert (classes["content"]["mean"], classes["content"]["n"]) == (1.5, 2)
     assert (classes["digits"]["mean"], classes["digits"]["n"]) == (6, 1)
+
+
+def test_content_words_are_compared_with_others_within_each_text_that_has_both():
+    """Texts differ by whole nats, content and function words by 0.1, 0.2 and 0.6 in each."""
+    words = {"content": [[5.0, 5.2], [1.0], [9.0], [7.0]],
+             "function": [[5.0], [0.7, 0.9], [8.4], []], "copied": [[], [], [], [1.0, 2.0]]}
+    measured = []
+    for t in range(4):
+        pieces = [{"class": name, "tokens": 1} for name in words for _ in words[name][t]]
+        flux = torch.tensor([x for name in words for x in words[name][t]] + [torch.nan]).double()
+        measured.append({"fed": flux, "surprisal": flux,
+                         "pieces": [*pieces, {"class": "function", "tokens": 1}]})
+    found = flux_numbers(measured, "fed")["content_against"]
+    assert list(found) == ["punctuation", "function", "copied", "digits"]
+    # mean 0.3, variance (0.2^2 + 0.1^2 + 0.3^2) / 2 = 0.07; t is 4.3027
+    half = 4.3027 * (0.07 / 3) ** 0.5
+    assert found["function"]["texts"] == 3 and found["function"]["mean"] == pytest.approx(0.3)
+    assert found["function"]["high"] == pytest.approx(0.3 + half, abs=1e-4)
+    assert found["copied"]["texts"] == 1 and found["copied"]["mean"] == pytest.approx(5.5)
+    assert found["digits"]["texts"] == 0 and found["copied"]["p"] is found["digits"]["p"] is None
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -396,8 +409,8 @@ def test_a_hostile_text_is_shown_and_does_nothing(tmp_path, capsys):
         assert {token["level"] for token in tokens[1:]} == {0, 1, 2} and tokens[0]["level"] == 3
         for numbers in (model[at] for at in POSITIONS):
             assert numbers["standard_error"] is None and numbers["classes"]["copied"]["n"] == 0
-            assert numbers["correlations"]["next"]["within"]["standard_error"] is None
-            assert numbers["correlations"]["next"]["raw"]["n"] == numbers["n"] - 1
+            assert numbers["correlations"]["within"]["standard_error"] is None
+            assert numbers["correlations"]["raw"]["n"] == numbers["n"]
     whole = path.read_text(encoding="utf-8")
     page = Text(whole)
     assert "script" not in page.tags and {"table", "div", "h2"} <= page.tags

@@ -59,7 +59,7 @@ def test_runs_are_compared_when_the_data_are_gone(made, tmp_path, capsys):
         gone = path.read_text().replace(str(made / "data"), str(tmp_path / "gone"))
         path.write_text(gone)
     experiment.main(["--compare", str(tmp_path / "out"), "--json"])
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["arm"], row["suite"]) for row in rows] == [
         ("base", "parity"), ("none", "parity"), ("int", "parity")]
     report.main([str(tmp_path / "out"), "--device", "cpu"])
@@ -75,7 +75,8 @@ def test_scores_of_a_part_are_not_taken_for_a_task(made, tmp_path, capsys):
     capsys.readouterr()
     assert (run / "eval" / "parity-first2.json").is_file()
     experiment.main(["--compare", str(tmp_path / "out"), "--json"])
-    assert {row["suite"] for row in json.loads(capsys.readouterr().out)} == {"parity"}
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["suite"] for row in rows} == {"parity"}
 
 
 def test_the_report_shows_it_with_its_regions(made, tmp_path):
@@ -127,7 +128,7 @@ def test_scores_under_two_task_jsons_are_not_compared(made, tmp_path, capsys):
     path.write_text(path.read_text().replace('"even more"', '"neither"'))
     experiment.main(["--compare", str(tmp_path / "out"), "--json"])
     out, error = capsys.readouterr()
-    assert [row["arm"] for row in json.loads(out)] == ["base", "none"]
+    assert [row["arm"] for row in json.loads(out)["rows"]] == ["base", "none"]
     assert "tiny-int-seed0/eval: parity: task_json {" in error and error.count("\n") == 1
 
 

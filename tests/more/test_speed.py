@@ -7,6 +7,7 @@ import sys
 import torch
 
 from conftest import ROOT
+from helpers import checkpoint_folder, even_or_odd, write_task
 from lab.speed import backward, config_of, draw, flops_of, gpu_bytes, new_model, peak_of
 from model import Config
 
@@ -55,11 +56,26 @@ def test_training_needs_16_bytes_a_parameter_and_less_with_every_setting():
 def test_the_command_measures_and_writes_json(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lab.speed", "--shape", "tiny", "--kind", "choice", "--parts",
-         "memory", "load", "--turns", "1", "--json", str(tmp_path / "found.json")],
+         "memory", "--turns", "1", "--json", str(tmp_path / "found.json")],
         cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     by_name = {(line["part"], line["what"]): line for line in found}
     assert by_name["memory", "int"]["ratio"] < 1.05 and by_name["memory", "int"]["to"] == "none"
     assert by_name["memory", "none + checkpoint"]["ratio"] < 0.6
-    assert by_name["load", "from_pretrained"]["value"] > 0
+
+
+def test_the_command_measures_a_checkpoint_folder(tmp_path):
+    write_task(tmp_path, "boolq", "train", even_or_odd(8))
+    command = [sys.executable, "-m", "lab.speed", "--model", str(checkpoint_folder(tmp_path / "m")),
+               "--task", "boolq", "--data", str(tmp_path), "--rows", "4", "--turns", "1",
+               "--json", str(tmp_path / "found.json"), "--precision"]
+    done = subprocess.run([*command, "fp32"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert [(line["part"], line["what"]) for line in found] == [
+        ("memory", "the process, 3 steps"), ("step", "none"), ("decode", "new tokens in a row"),
+        ("decode", "generate"), ("rank", "rank")]
+    assert all(line["value"] > 0 for line in found)
+    done = subprocess.run([*command, "bf16"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("not measured: ")

@@ -2,16 +2,20 @@
 import json
 import math
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import train
+from conftest import ROOT
 from data import BadInput, progress
 from data.tasks import load
 from data.tokenizer import Tokenizer
-from eval import which_model
+from eval import pick_dtype, which_model
 from helpers import Interrupted, checkpoint_folder, even_or_odd, run_of, write_task
+from model import Config
 
 STEPS = 8                              # 60 rows in batches of 8
 OF_THE_MACHINE = {"tokens_per_second", "examples_per_second", "peak_memory_bytes"}
@@ -199,6 +203,51 @@ def test_an_interrupted_run_resumes_to_the_same_weights(place, capsys, method, s
     expected, expected_log = run_of(place / whole)
     assert same(weights, expected) and timeless(log) == timeless(expected_log)
     assert not (place / cut / "state.pt").exists()
+
+
+def test_a_bf16_run_resumes_to_the_same_weights_and_keeps_its_precision(place):
+    more = ["--steer", "reg", "--save-every", "3"]
+    whole, log = run(place, "bf16", *more, "--precision", "bf16")
+    exact, exact_log = run(place, "fp32", *more, "--precision", "fp32")
+    assert not same(whole, exact)
+    for line, other in zip(log, exact_log, strict=True):   # each sees the weights before it
+        assert line["loss"] == pytest.approx(other["loss"], rel=0.01)
+    assert abs(log[-1]["loss"] / log[0]["loss"] - 1) > 0.02
+    with pytest.raises(KeyboardInterrupt):
+        train.train(train.read_settings(flags(place, "cut", *more, "--precision", "bf16")),
+                    Interrupted(5))
+    weights, again = run(place, "cut", *more, "--resume")
+    assert same(weights, whole) and timeless(again) == timeless(log)
+
+
+def test_a_tiny_model_is_trained_in_fp32_on_any_cpu(place):
+    run(place, "auto", "--steps", "1")
+    settings = json.loads((place / "auto" / "args.json").read_text())
+    assert (settings["precision"], settings["micro_tokens"]) == ("fp32", 1024)
+
+
+def test_large_models_take_bf16_where_the_processor_multiplies_it():
+    large = Config.from_dict(dict(
+        model_type="llama", vocab_size=96, hidden_size=576, intermediate_size=1536,
+        num_hidden_layers=1, num_attention_heads=9))
+    with_units = any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("avx512", "amx"))
+    cpu = torch.device("cpu")
+    assert pick_dtype("auto", cpu, large) == ("bfloat16" if with_units else "float32")
+    assert [pick_dtype(name, cpu, large) for name in ("float32", "bfloat16")] == [
+        "float32", "bfloat16"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_freed_memory_is_kept_for_the_next_step():
+    code = ("import resource, sys, torch, train\n"
+            "if sys.argv[1] == 'keep': train.keep_memory()\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "seen = [(torch.ones(2**25).sum(), faults())[1] for _ in range(6)]\n"
+            "print(min(later - before for before, later in zip(seen, seen[1:])))")
+    freed, kept = (int(subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, text=True,
+                                      capture_output=True, check=True).stdout)
+                   for word in ("free", "keep"))
+    assert kept * 10 < freed or kept == freed < 1000           # huge pages, or no glibc
 
 
 def test_a_run_cut_before_its_first_state_starts_again(place):
