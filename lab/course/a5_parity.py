@@ -4,8 +4,8 @@ Make these models compute what the library computes that published them. In mode
 and the rotation of pairs (x_i, x_{i + D/2}); `make_view`, whose angles are position times
 `inverse_frequencies`, and whose mask lets a token see itself and those before it, in LOCAL layers
 the last config.window only; grouped attention, where Gemma 2 caps its scores; `Attention` with
-norms, rotation and cache (`extend`); `Block`; the row of Gemma 2. tests/test_04_families.py names
-the layer where a difference begins. What comes first is in the golden files, in no docstring.
+norms, rotation and cache (`extend`); `Block`; the row of Gemma 2. `texts` and `home` stay None.
+tests/test_04_families.py names the layer where a difference begins, and what the row needs.
 """
 import re
 from functools import partial
@@ -92,12 +92,12 @@ class RMSNorm(nn.Module):
 def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-def make_view(config, kind, positions, seen, T, device):
+def make_view(config, kind, positions, seen, T, device, texts=None, home=None):
     at = torch.arange(T, device=device)[None] if positions is None else positions
     angle = at[:, :, None, None] * inverse_frequencies(config.rope[kind], config.head_dim, device)
     back = at[:, None, :, None] - torch.arange(seen, device=device)
     mask = (back >= 0) & (back < (config.window if kind == LOCAL else seen))
-    return View(angle.cos(), angle.sin(), mask, positions, seen)
+    return View(angle.cos(), angle.sin(), mask, positions, seen, texts, home)
 def attend(q, k, v, mask, scale, softcap):
     k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))
     scores = q @ k.transpose(-1, -2) * scale
