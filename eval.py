@@ -165,15 +165,17 @@ def pairs_of(tokenizer, example, how):
     prompt, right = encode(example.prompt), encode(example.response, bos=False)
     pairs = [(prompt, encode(make_response(task, choice, ""), bos=False))
              for choice in example.choices if how == "choice"]
-    right += [tokenizer.eos_id] * (task.kind != "cloze")
-    verdict = judge(example, example.response)["strict_correct" if example.choices else "correct"]
+    right += [tokenizer.eos_id] * (task.kind not in ("cloze", "text"))
+    verdict = task.kind == "text" or judge(example, example.response)[
+        "strict_correct" if example.choices else "correct"]
     return pairs, [(prompt, right)] * verdict
 
 
 def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_bytes, bar):
     """What the model says to examples, in their order: [{"response", "nll"}]. how: "generate"
     decodes greedily; "choice" takes the allowed answer whose response is most likely; "text" the
-    one whose text is, per character, and says whether the most likely is right ("raw_correct").
+    one whose text is, per character, and says whether the most likely is right ("raw_correct");
+    "nll" asks for no answer, so there is no "response".
 
     nll: the loss of the right response in nats per token, as training counts it: -log P(response,
     end of sequence | prompt) / their number. For "text", the response is the text of the right
@@ -188,6 +190,8 @@ def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_byte
     for example, (pairs, right) in zip(examples, asked):
         likely = [next(scores) for _ in pairs]                 # of nothing, where it decodes
         said.append({"nll": -next(scores) / len(right[0][1]) if right else None})
+        if how == "nll":
+            continue
         best = likely and example.choices[likely.index(max(likely))]
         if how == "text":
             said[-1]["raw_correct"] = best == example.answer
@@ -224,7 +228,7 @@ def evaluate(model, tokenizer, examples, path, settings, steering=None, cache_by
                                settings["max_new_tokens"], steering, cache_bytes, bar)
             for example, said in zip(chunk, responses):
                 item = {"index": example.index, "prompt": example.prompt, "answer": example.answer,
-                        **said, **judge(example, said["response"])}
+                        **said, **(judge(example, said["response"]) if "response" in said else {})}
                 items[example.index] = item
                 file.write(json.dumps(item) + "\n")
             file.flush()
@@ -254,18 +258,21 @@ def answered_before(part, head):
 def summarise(items):
     """n, accuracy and its standard error sqrt(p (1 - p) / n), the accuracy under the strict rule,
     how many responses held no answer; the mean nll of the nll_n items that have one, its standard
-    error sd / sqrt(nll_n), and how many have none. Of option texts, the raw accuracy too."""
-    n, correct = len(items), sum(item["correct"] for item in items)
-    losses = [item["nll"] for item in items if item["nll"] is not None]
-    raw = [item["raw_correct"] for item in items if "raw_correct" in item]
-    return {"n": n, "accuracy": correct / n,
-            "standard_error": math.sqrt(correct / n * (1 - correct / n) / n),
-            "strict_accuracy": sum(item["strict_correct"] for item in items) / n,
-            "unparsed": sum(item["prediction"] is None for item in items),
+    error sd / sqrt(nll_n), and how many have none. Of option texts, the raw accuracy too. None
+    stands for what items without answers lack."""
+    def share(name):
+        return fmean(item[name] for item in items) if name in items[0] else None
+
+    n, accuracy, losses = len(items), share("correct"), [
+        item["nll"] for item in items if item["nll"] is not None]
+    return {"n": n, "accuracy": accuracy, "standard_error": accuracy if accuracy is None
+            else math.sqrt(accuracy * (1 - accuracy) / n),
+            "strict_accuracy": share("strict_correct"),
+            "unparsed": sum(item.get("prediction", "") is None for item in items),
             "nll": fmean(losses) if losses else None,
             "nll_standard_error": stdev(losses) / len(losses) ** 0.5 if losses[1:] else None,
             "nll_n": len(losses), "nll_left_out": n - len(losses),
-            **({"raw_accuracy": sum(raw) / n} if raw else {})}
+            **({"raw_accuracy": share("raw_correct")} if "raw_correct" in items[0] else {})}
 
 
 def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", limit=None,
@@ -275,6 +282,8 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
     else to FOLDER/eval. Raises BadInput."""
     tasks = {name: load_examples(data, name, "test") for name in names}
     for name, examples in tasks.items():
+        if how not in (None, "nll") and examples[0].task.kind == "text":
+            raise BadInput(f"--score {how}: {name} is plain text, which has an nll and no answers")
         if how == "choice" and (examples[0].task.kind == "arithmetic" or not examples[0].choices):
             raise BadInput(f"--score choice: {name} has no short list of answers to rank; "
                            "use --score generate")
@@ -376,7 +385,7 @@ def side_by_side(columns, detailed=False):
             s = first[i]
             lines.append(f"  {s['task']:<18}{s['n']:>6}{100 * s['chance']:>8.1f}{cells([i])}")
             if detailed:
-                lines[-1] += (f"{100 * s[strict + '_accuracy']:>9.1f}{s['unparsed']:>10}"
+                lines[-1] += (f"{with_error(s[strict + '_accuracy'], None):>9}{s['unparsed']:>10}"
                               f"{s.get('nll_left_out', '-'):>10}")
     return "\n".join([*lines, "nll: loss of the right response, nats per token; less is better"])
 
@@ -455,10 +464,11 @@ def read_settings(argv=None):
     add("--data", metavar="DIR", help="the folder with TASK/test.json, as python data/prepare.py "
         "makes one (default: data/toy for the toy world's tasks, else data/public); its --help "
         "shows how to add a task of your own")
-    add("--score", choices=("generate", "choice", "text"), help="decode greedily; or rank by "
-        "likelihood the allowed answers (\"the correct answer is answer2\"), or the texts of the "
+    add("--score", choices=("generate", "choice", "text", "nll"), help="decode greedily; or "
+        "rank by likelihood the allowed answers (\"the correct answer is answer2\") or texts of "
         "options after \"Question: ... Answer:\", which is fair to a model that has never seen "
-        "the format (default: generate; choice for the toy world's facts)")
+        "the format; or look at the loss of the right responses alone, which takes a fraction of "
+        "the time (default: generate; choice for the toy world's facts)")
     add("--out", metavar="DIR", help="where responses and scores go (default: MODEL/eval)")
     add("--limit", type=positive, metavar="N", help="only the first N items of each task")
     add("--max-new-tokens", type=positive, metavar="N",

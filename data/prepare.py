@@ -193,9 +193,10 @@ A task of your own is a folder DIR/NAME (letters, digits, - _ .) with three file
   train.json   [{{"instruction": "Is 7 odd?", "input": "", "output": "", "answer": "yes"}}, ...]
   test.json    the same; one of the two files is enough to train only, or to score only
   It is used as --task NAME --data DIR. The response that is learned is "{tasks.TRIGGER}yes".
-  The other kind is {{"kind": "arithmetic"}}, where "answer" is a number, and "output" the rationale
-  that is learned, with "#### 72" as its last line. "max_new_tokens": N in task.json is the room for
-  a response, else 32 for choice and 256 for arithmetic.
+  Of {{"kind": "arithmetic"}}, "answer" is a number, "output" the rationale that is learned, with
+  "#### 72" as its last line. "max_new_tokens": N in task.json is the room for a response, else 32
+  for choice and 256 for arithmetic. {{"kind": "text"}} is plain text, of which only the loss is
+  measured: "output" is how "instruction" goes on, with its first space; there is no answer.
 
 --mirror URL replaces {HOST}; the paths under it stay.
 --from DIR takes the first of these that it finds in DIR:

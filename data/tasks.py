@@ -191,7 +191,7 @@ TOY = {task.name: task for task in (
 )}
 BUILT_IN = {**KNOWN, **TOY}
 OWN_NAME = re.compile(r"\w[\w.-]{,63}")
-OWN = {"kind": '"choice" or "arithmetic"',             # what a task.json says
+OWN = {"kind": '"choice", "arithmetic" or "text"',     # what a task.json says
        "answers": 'two or more different texts, as in ["yes", "no"]',
        "max_new_tokens": "a whole number above 0"}
 
@@ -200,7 +200,7 @@ def own_task(path: Path) -> Task:
     """The task that a DIR/<name>/task.json describes. Raises BadInput, naming file and key."""
     said, name, splits = read_json(path), path.parent.name, ("train", "test")
     kind, answers, room = (said.get(key) for key in OWN)
-    good = {"kind": kind in ("choice", "arithmetic"),
+    good = {"kind": kind in ("choice", "arithmetic", "text"),
             "answers": isinstance(answers, list) and len(answers) > 1 and all(
                 isinstance(text, str) and text.isprintable() and text.strip() == text != ""
                 and answers.count(text) == 1 for text in answers),
@@ -213,6 +213,8 @@ def own_task(path: Path) -> Task:
     splits = {split: 0 for split in splits if path.with_name(f"{split}.json").is_file()}
     task = (_choice(name, tuple(answers), len(answers), **splits) if kind == "choice"
             else _arithmetic(name, **splits))
+    if kind == "text":                 # it has no answers, only a likelihood
+        task = replace(task, kind=kind, extract=lambda text: None, score="nll")
     return replace(task, source="", own=said, max_new_tokens=room or task.max_new_tokens)
 
 
@@ -249,7 +251,7 @@ class Example:
 
 def make_prompt(task: Task, instruction: str, input: str = "") -> str:
     """The only place where a prompt is made, so that training and evaluation cannot differ."""
-    if task.kind == "cloze":
+    if task.kind in ("cloze", "text"):
         return instruction                                 # a sentence goes on where it stops
     prompt = instruction + "\n" + (input + "\n" if input else "")
     return prompt + (THINK if task.kind == "arithmetic" else "")
@@ -258,6 +260,8 @@ def make_prompt(task: Task, instruction: str, input: str = "") -> str:
 def make_response(task: Task, answer: str, output: str) -> str:
     r"""What to learn. "...\n#### 72" -> "...\nThe final answer is: 72". GSM8K's <<48/2=24>> marks
     stay, as in ReFT."""
+    if task.kind == "text":
+        return output
     if task.kind == "cloze":
         return " " + answer
     if task.kind in ("choice", "value"):
@@ -335,6 +339,12 @@ def _example(row, index, task, split):
             raise BadInput(f'"{key}" holds half of a surrogate pair, which is not text')
     if not row["instruction"].strip():
         raise BadInput('"instruction" is empty')
+    if task.kind in ("arithmetic", "text") and not row["output"].strip() and (
+            split == "train" or task.kind == "text"):
+        raise BadInput('"output" is empty: there is ' + (
+            "no text that goes on" if task.kind == "text" else "no rationale to learn"))
+    if task.kind == "text":
+        return Example(row["instruction"], row["output"], "", (), index, task)
     answer = row.get("answer")
     if answer is None or answer == "":
         raise BadInput('"answer" is missing')
@@ -348,8 +358,6 @@ def _example(row, index, task, split):
     if not choices and not re.fullmatch(r"-?\d{1,200}(\.\d+)?(e[-+]?\d\d)?", answer):
         raise BadInput(f'"answer" is {answer!r:.40}, not a finite number; write digits only, '
                        "without commas or units")
-    if task.kind == "arithmetic" and split == "train" and not row["output"].strip():
-        raise BadInput('"output" is empty: there is no rationale to learn')
     return Example(make_prompt(task, row["instruction"], row["input"]),
                    make_response(task, answer, row["output"]), answer, choices, index, task)
 

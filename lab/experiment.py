@@ -173,10 +173,10 @@ def flags_of(steering):
 def arms_asked(parser, args):
     """The arms of --steer as flags of train.py, each with the settings that it knows."""
     given = {name: vars(args)[name] for name in STEERING_FLAGS if vars(args)[name] is not None}
-    known = {method: meaningful(method, args.generic or "int") for method in args.steer}
+    known = {method: meaningful(method, args.generic or "int") for method in args.steer or ()}
     for name in given:
         if not any(name in names for names in known.values()):
-            parser.error(f"{flag(name)} means nothing with --steer {' '.join(args.steer)}")
+            parser.error(f"{flag(name)} means nothing with --steer {' '.join(known)}")
     return [flags(method, {name: value for name, value in given.items() if name in names})
             for method, names in known.items()]
 
@@ -224,12 +224,14 @@ def check_one_recipe(runs):
                        "--overwrite trains all of them again, another --out keeps them")
 
 
-def scores_of(arm, seed, run, tested, items, folder, where=None):
+def scores_of(arm, seed, run, tested, args, folder, where=None):
     """The scores of a run or a base model in `folder`, as lab.stats.compare takes them."""
-    where = where or Path(folder, "eval")
-    summaries = score(folder, tested, run.data, where, device=run.device, limit=items,
+    where, items = where or Path(folder, "eval"), args.items
+    summaries = score(folder, tested, run.data, where, args.score, device=run.device, limit=items,
                       overwrite=run.overwrite)
-    files = {task: [where / f"{task}{part}.jsonl" for part in (f"-first{items}", "")]
+    way = {one["task"]: "-nll" * (args.score == "nll" and not (one["task_json"] or {}).get(
+        "kind") == "text") for one in summaries}
+    files = {task: [where / f"{task}{way[task]}{part}.jsonl" for part in (f"-first{items}", "")]
              for task in tested}
     return {"model": run.model, "arm": arm, "seed": seed, "folder": str(folder),
             "scores": {one["task"]: one["accuracy"] for one in summaries},
@@ -240,8 +242,9 @@ def scores_of(arm, seed, run, tested, items, folder, where=None):
 
 def in_full(run):
     """A run's scores and its items, for --json."""
-    items = {task: [{"index": index, "correct": bool(right), "nll": nll} for index, (right, nll)
-                    in items_of(run, task).items()] for task in run["scores"]}
+    items = {task: [{"index": index, "correct": right and bool(right), "nll": nll}
+                    for index, (right, nll) in items_of(run, task).items()]
+             for task in run["scores"]}
     kept = {name: run[name] for name in ("model", "arm", "seed", "scores", "nll")}
     return {**kept, "folder": str(run["folder"]), "items": items}
 
@@ -255,7 +258,12 @@ def make_parser():
                     epilog="python train.py --help explains the flags of recipe and steering.")
     add = parser.add_argument
     add("--steer", nargs="+", choices=METHODS, help="the arms, without a table")
+    add("--arm", action="append", metavar="FLAGS", help="one more arm, as flags of train.py in "
+        "quotes: --arm \"--steer int --rank-by random\" --arm \"--anchor 70\"")
     add("--seed", type=whole, nargs="+", help="(default: 0 1 2)")
+    add("--test", metavar="A,B", help="score on these tasks (default: on those that are trained)")
+    add("--score", choices=("nll",), help="only the loss of the right responses, which takes a "
+        "fraction of the time (default: accuracies too)")
     add("--out", metavar="DIR", help="the folder of the runs (default: out)")
     add("--items", type=positive, metavar="N", help="score the first N items of each task only")
     add("--compare", metavar="DIR", help="train nothing: compare the scored runs in a folder")
@@ -271,15 +279,16 @@ def main(argv=None):
     table = argv.pop(0) if argv and not argv[0].startswith("-") else None
     args, recipe = parser.parse_known_args(argv)
     out = args.compare or args.out or "out"
-    if bool(table) + bool(args.steer) + bool(args.compare) != 1:
-        parser.error(f"give one of these: a table ({', '.join(TABLES)}), --steer or --compare")
+    if bool(table) + bool(args.steer or args.arm) + bool(args.compare) != 1:
+        parser.error(f"give one of these: a table ({', '.join(TABLES)}), --steer or --arm, or "
+                     "--compare")
     if table and table not in (*TABLES, "controls"):
         parser.error(f"{table!r} is no table; there are {', '.join(TABLES)} and controls")
     for name in ("steer", "seed"):
         if len(set(vars(args)[name] or ())) < len(vars(args)[name] or ()):
             parser.error(f"--{name} names something twice")
     if args.compare:
-        given = [flag(name) for name in ("seed", "out", "items", *STEERING_FLAGS)
+        given = [flag(name) for name in ("seed", "out", "items", "test", "score", *STEERING_FLAGS)
                  if vars(args)[name] is not None]
         if given or recipe:
             parser.error(f"--compare trains nothing, so {[*given, *recipe][0]} means nothing")
@@ -304,7 +313,8 @@ def experiment(parser, args, table, recipe, out):
     plain = read_settings(recipe)                              # what all runs have in common
     names = split_names(plain.task, plain.data)
     set_threads(plain.threads, names)
-    suites = tasks_tested(table, names)
+    suites = ({name: [name] for name in split_names(args.test, plain.data)} if args.test
+              else tasks_tested(table, names))
     tested = list(dict.fromkeys(task for tasks in suites.values() for task in tasks))
     for task in tested:                # a missing file shows before hours of training, not after
         load_examples(plain.data, task, "test")
@@ -317,16 +327,16 @@ def experiment(parser, args, table, recipe, out):
         arms = arms if table in TABLES else [arm.split() for arm in CONTROLS]
         paper = figures(table, pairs, suites)
     else:
-        arms, paper = arms_asked(parser, args), {}
+        arms, paper = arms_asked(parser, args) + [*map(shlex.split, args.arm or ())], {}
     runs = runs_planned(arms, args.seed or [0, 1, 2], recipe, out)
     done = runs_finished(runs)
     missing, base = [run for run in runs if run not in done], base_folder(out, plain.model) / "eval"
-    scored = {"base": scores_of("base", None, plain, tested, args.items, plain.model, base)}
+    scored = {"base": scores_of("base", None, plain, tested, args, plain.model, base)}
     for some in (done, missing):       # what is wrong with scores that are there shows at once
         if some is missing:
             train_missing(missing, done)
         for run in progress(some, desc="scoring", unit="model"):
-            scored[run.out] = scores_of(run.arm, run.seed, run, tested, args.items, run.out)
+            scored[run.out] = scores_of(run.arm, run.seed, run, tested, args, run.out)
     return [scored["base"], *(scored[run.out] for run in runs)], suites, paper
 
 

@@ -148,6 +148,7 @@ def runs_section(trained):
 
 
 def accuracy_chart(rows):
+    rows = [row for row in rows if row["mean"] is not None]    # plain text has none
     if not rows:
         return page.paragraph(page.NOTHING)
     found = {(row["arm"], row["suite"]): as_bar(row["mean"], row["standard_error"]) for row in rows}

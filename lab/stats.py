@@ -240,7 +240,7 @@ def describe(path, settings):
             for name, most in (("accuracy", 1), ("nll", 1e30)):
                 value = summary.get(name)
                 fits = type(value) in (int, float) and 0 <= value <= most
-                if not fits and (name, value) != ("nll", None):
+                if not fits and (value is not None or name != "nll" != summary.get("score")):
                     raise BadInput(f"{file}: {name} is {value!r}; score it again (--overwrite)")
             if base and summary.get("model_sha256", sha := settings["model_sha256"]) != sha:
                 raise BadInput(f"{file}: holds scores of another model than {path} names; score it "
@@ -351,12 +351,16 @@ def items_of(run, task):
     kept[task] = {}                                            # what is damaged is said once
     try:
         for row, line in enumerate(path.read_bytes().splitlines(), 1):
-            item = json.loads(line)
-            right, nll = item["correct"], item.get("nll")      # none by an older version
-            if type(right) is not bool or not 0 <= (nll or 0) <= 1e30:
+            item = dict(json.loads(line))
+            right, nll = item.get("correct"), item.get("nll")  # no answers; by an older version
+            if type(right) not in (bool, type(None)) or not 0 <= (nll or 0) <= 1e30:
                 raise ValueError(f"correct is {right!r}, nll {nll!r}")
-            found[item["index"]] = float(right), nll
-        if abs(sum(right for right, _ in found.values()) / row - run["scores"][task]) > 1e-9:
+            found[item["index"]] = None if right is None else float(right), nll
+        rights, accuracy = [right for right, _ in found.values()], run["scores"][task]
+        if None in rights or accuracy is None:
+            if accuracy is not None or {*rights} != {None}:
+                raise ValueError("no answers")
+        elif abs(sum(rights) / row - accuracy) > 1e-9:
             raise ValueError("another accuracy")
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise BadInput(f"{path}, line {row}: not the items of its summary ({error}); score it "
@@ -509,6 +513,8 @@ def comparison_table(rows, paper={}):
     texts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         ours = [row for row in rows if row["model"] == model]
-        texts += [page.visible(model), page.columns(*lines_of(ours, paper)),
-                  page.columns(*lines_of(ours, measure="nll_"))]
+        texts += [page.visible(model)]
+        texts += [page.columns(*lines_of(ours, paper if not measure else {}, measure))
+                  for measure, mean in (("", "mean"), ("nll_", "nll"))
+                  if any(row[mean] is not None for row in ours)]
     return "\n\n".join([*texts, FOOTNOTE + EXCLUDES * bool(paper)])

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 
 import eval
 import train
@@ -184,8 +185,8 @@ def test_tasks_stand_in_the_order_of_the_tables_and_one_s_own_behind_them():
 
 @pytest.mark.parametrize("said, message", [
     ("{", "not JSON, or cut short"), ([], "a JSON object is needed"),
-    ({}, '"kind" must be "choice" or "arithmetic"; it is None'),
-    ({**PARITY, "kind": "cloze"}, '"kind" must be "choice" or "arithmetic"; it is \'cloze\''),
+    ({}, '"kind" must be "choice", "arithmetic" or "text"; it is None'),
+    ({**PARITY, "kind": "a"}, '"kind" must be "choice", "arithmetic" or "text"; it is \'a\''),
     ({**PARITY, "kind": ["choice"]}, "it is ['choice']"),
     ({"kind": "choice"}, '"answers" must be two or more different texts, as in ["yes", "no"]'),
     *(({**PARITY, "answers": bad}, '"answers" must be') for bad in (
@@ -250,3 +251,88 @@ def test_a_command_refuses_it_before_it_writes(made, tmp_path, command, flags):
         command.main([*flags, "--model", str(made / "tiny"), "--task", "parity",
                       "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["parity"]
+
+
+# ------------------------------------------------------------------- plain text, and nll alone
+
+
+GOES_ON = [{"instruction": "Seven is", "input": "", "output": f" odd, and {n} is a number."}
+           for n in range(4)]
+
+
+def text_task(data, rows=GOES_ON):
+    """A task of plain text, of the same rows for training and test."""
+    (data / "plain").mkdir(parents=True)
+    (data / "plain" / "task.json").write_text('{"kind": "text"}')
+    for split in ("train", "test"):
+        (data / "plain" / f"{split}.json").write_text(json.dumps(rows))
+    return data
+
+
+def test_plain_text_has_the_mean_loss_of_its_tokens(tmp_path):
+    data, folder = text_task(tmp_path / "data"), checkpoint_folder(tmp_path / "tiny")
+    summary, = eval.score(folder, ["plain"], data, tmp_path / "scores", device="cpu")
+    model, tokenizer = eval.load(folder)
+    losses = []
+    for row in GOES_ON:
+        prompt, rest = (tokenizer.encode(row[key], special=False, bos=bos)
+                        for key, bos in (("instruction", True), ("output", False)))
+        log_p = model(torch.tensor([prompt + rest]))[0].log_softmax(-1)        # [T, V]
+        told = log_p[len(prompt) - 1:-1].gather(1, torch.tensor(rest)[:, None])
+        losses.append(-told.mean().item())
+    assert summary["nll"] == pytest.approx(sum(losses) / 4, abs=1e-5)
+    assert (summary["accuracy"], summary["unparsed"], summary["score"]) == (None, 0, "nll")
+    items = [json.loads(line) for line in (tmp_path / "scores" / "plain.jsonl").open()]
+    assert [item["nll"] for item in items] == pytest.approx(losses, abs=1e-5)
+    assert not any("correct" in item or "response" in item for item in items)
+
+
+def test_nll_alone_is_that_of_the_other_ways(made, tmp_path):
+    found = [eval.score(made / "tiny", ["parity"], made / "data", tmp_path, how, device="cpu")[0]
+             for how in ("generate", "nll")]
+    assert found[0]["nll"] == pytest.approx(found[1]["nll"], abs=1e-5)
+    assert found[1]["accuracy"] is None and found[0]["accuracy"] is not None
+    assert (tmp_path / "parity-nll.jsonl").is_file()
+
+
+def test_arms_are_compared_by_nll_alone_on_other_tasks(made, tmp_path, capsys):
+    text_task(tmp_path / "data")
+    shutil.copytree(made / "data" / "parity", tmp_path / "data" / "parity")
+    experiment.main(["--arm", "--steer none", "--arm", "--anchor 3", "--seed", "0", "1", "--model",
+                     str(made / "tiny"), "--task", "parity", "--test", "plain,parity", "--score",
+                     "nll", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+                     "--steps", "2", "--batch", "4", "--device", "cpu", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    rows = {(row["arm"], row["suite"]): row for row in found["rows"]}
+    assert rows.keys() == {(arm, task) for arm in ("base", "none", "none-anchor=3")
+                           for task in ("plain", "parity")}
+    assert rows["none-anchor=3", "plain"]["nll_level"] == "seeds and items"
+    assert all(row["mean"] is None and row["nll"] > 0 for row in rows.values())
+    assert all(len(run["items"]["plain"]) == 4 and run["items"]["plain"][0]["correct"] is None
+               for run in found["runs"])
+
+
+@pytest.mark.parametrize("how", ["generate", "choice", "text"])
+def test_plain_text_has_no_answers_to_score(tmp_path, how):
+    data, folder = text_task(tmp_path / "data"), checkpoint_folder(tmp_path / "tiny")
+    with pytest.raises(BadInput, match=f"--score {how}: plain is plain text"):
+        eval.score(folder, ["plain"], data, tmp_path / "scores", how, device="cpu")
+    assert not (tmp_path / "scores").exists()
+
+
+def test_plain_text_needs_a_text_that_goes_on(tmp_path):
+    data = text_task(tmp_path, [*GOES_ON, {"instruction": "Seven is", "output": " "}])
+    with pytest.raises(BadInput, match='row 4 .*"output" is empty: there is no text that goes on'):
+        load(data, "plain", "test")
+
+
+def test_a_run_learns_plain_text_and_stands_in_the_comparison(tmp_path, capsys):
+    data, model = text_task(tmp_path / "data"), checkpoint_folder(tmp_path / "tiny")
+    experiment.main(["--steer", "none", "--seed", "0", "--model", str(model), "--task", "plain",
+                     "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "8", "--batch",
+                     "4", "--warmup", "0", "--lr", "1e-2", "--device", "cpu"])
+    capsys.readouterr()
+    experiment.main(["--compare", str(tmp_path / "out"), "--json"])
+    rows = {row["arm"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["none"]["nll"] < rows["base"]["nll"] - 0.1 and rows["none"]["mean"] is None
+    report.main([str(tmp_path / "out")])
