@@ -138,7 +138,8 @@ def graft(number, clean, answers, out):
 def handed_in(tree, file):
     """The text of a file that a student hands in. Raises BadInput."""
     path = Path(tree, file)            # a link could lead to the reference
-    if not path.is_file() or path.is_symlink() or path.stat().st_size > 2**20:
+    here = path.resolve() == Path(tree).resolve() / file
+    if not (here and path.is_file() and path.stat().st_size <= 2**20):
         raise BadInput(f"{file}: is not there, or no ordinary file below a megabyte")
     return path.read_text("utf-8", errors="replace")
 

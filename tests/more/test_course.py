@@ -423,6 +423,9 @@ def test_a_link_to_the_reference_is_not_followed(tmp_path):
     (tmp_path / "infosteer.py").symlink_to(ROOT / "infosteer.py")
     verdict = grade(tmp_path, 2, tmp_path / "results.json")
     assert verdict["score"] == 0 and "infosteer.py: is not there, or no" in str(verdict)
+    (tmp_path / "lab").symlink_to(ROOT / "lab")                # nor where a folder is a link
+    with pytest.raises(BadInput, match="is not there, or no"):
+        teacher.handed_in(tmp_path, "lab/stats.py")
 
 
 def test_a_verdict_of_zero_is_there_before_anything_runs(second, tmp_path):
