@@ -77,7 +77,7 @@ def right_code(seed):
     yield "are there tests?", "def test" in Path("tests/test_mine.py").read_text("utf-8")
     yield "do they pass on right code?", passes()
     yield "on right code in another form?", passes({"infosteer.py": another_form})
-    yield "whatever the random seed?", all(passes(seed=seed + n) for n in range(1, 9))
+    yield "whatever the random seed?", all(passes(seed=seed + n) for n in range(1, 5))
     yield "if clocks stand, or leap?", all(passes(times=count(0, pace)) for pace in (0, 1000))
 
 
