@@ -3,6 +3,7 @@
     python -m lab.memories                       the clearest memories, and what activates them
     python -m lab.memories --token " Brindale"   the memories that promote one token
     python -m lab.memories --index 4:377         one memory, and the contexts that activate it
+    python -m lab.memories --model RUN --moved data/toy/llama      what fine-tuning moved most
 
 The LM head turns a memory vector v_i into a distribution over the V tokens. This is what the memory
 says. Its most probable tokens are the memory's concept. The specificity is 0 if all tokens are
@@ -25,7 +26,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -427,6 +428,40 @@ def one_memory_text(one):
     return "\n\n".join([*parts, "With a negative k, what the memory says gets less probable."])
 
 
+@torch.inference_mode()
+def moved(model, tokenizer, base, n, how):
+    """The n memories whose vectors moved most from those of `base`, by |v - v_base| / |v_base|, and
+    what they say in both; the mean over all memories."""
+    V, heads, distances = model.config.vocab_size, [of.decode.float() for of in (base, model)], []
+    for before, after in zip(base.blocks, model.blocks):
+        v, w = (block.memory.values.weight.float().T for block in (before, after))     # [d_m, d]
+        distances.append((w - v).norm(dim=-1) / v.norm(dim=-1))                # [d_m]
+    distances = torch.stack(distances)                                         # [n_layers, d_m]
+    rows = []
+    for place in distances.flatten().topk(min(n, distances.numel())).indices.tolist():
+        layer, memory = divmod(place, distances.shape[1])
+        said = []
+        for of, head in zip((base, model), heads):
+            v, cap = decodable(of, layer, how)
+            index = {name: {(layer, memory): value[0]}
+                     for name, value in decode(v[memory, None], head, cap).items()}
+            said.append(describe(tokenizer, V, index, layer, memory))
+        rows.append({"distance": distances[layer, memory].item(), "before": said[0],
+                     "after": said[1]})
+    return {"mean_distance": distances.mean().item(), "moved": rows}
+
+
+def moved_text(result):
+    rows = [[f"{one['before']['layer']}:{one['before']['memory']}", f"{one['distance']:.3f}",
+             *(says(one[when]["concepts"][:LISTED - 2]) for when in ("before", "after"))]
+            for one in result["moved"]]
+    return f"""\
+The memories whose vectors moved most; the mean of all is {result['mean_distance']:.4f}
+moved: the length of the difference, as a share of the length before
+
+{columns(["memory", "moved", "says before", "and after"], rows)}"""
+
+
 # ------------------------------------------------------------------------------------ command
 
 
@@ -439,8 +474,10 @@ Decoding every memory and reading the texts takes long, so both are done once an
                      'given with its leading space (" Paris")')
     one.add_argument("--index", metavar="LAYER:MEMORY", help="show this memory; layers are counted "
                      "from 1, memories from 0")
+    one.add_argument("--moved", metavar="BASE", help="show the memories that moved most from those "
+                     "of this base model; reads no texts")
     add("--clearest", type=positive, metavar="N", default=20, help="how many of the clearest "
-        "memories are shown, and the contexts with their largest k (default: 20)")
+        "memories, or of those that moved most, are shown (default: 20)")
     add("--decode", choices=("auto", "raw", "lens"), default="auto", help="how memories are "
         "decoded, see above (default: the lens where raw Spec is below a thousandth, else raw)")
     add("--model", metavar="DIR", default=os.path.relpath(TOY_FOLDER / "llama"),
@@ -475,13 +512,19 @@ Decoding every memory and reading the texts takes long, so both are done once an
 
     how, why = (args.decode, "as asked") if args.decode != "auto" else choose_decoding(model)
     sha, out = which_model(args.model), Path(args.out or Path(args.model, "eval"))
-    with alone_in(out):
-        if not args.index:
+    with alone_in(out) if not args.moved else nullcontext():
+        if not args.index and not args.moved:
             index = memory_index(model, sha, out / INDEX.format(how), args.overwrite, how)
-        if token is None:
+        if token is None and not args.moved:
             triggers = memory_triggers(model, sha, texts, out / TRIGGERS, args.overwrite)
             read = triggers, texts, examples
-    if token is not None:
+    if args.moved:
+        base, _ = load(args.moved, model.embed.weight.dtype, model.embed.weight.device)
+        if (base.config.d_m, base.config.n_layers, base.config.d) != (d_m, L, model.config.d):
+            raise BadInput(f"--moved {args.moved}: has other memories than {args.model}, which "
+                           f"has {L} layers of {d_m}")
+        found, text = moved(model, tokenizer, base, args.clearest, how), moved_text
+    elif token is not None:
         found, text = token_search(model, tokenizer, token, index, how), token_search_text
     elif args.index:
         found = one_memory(model, tokenizer, int(layer) - 1, int(memory), how, *read)

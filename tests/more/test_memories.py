@@ -13,6 +13,7 @@ from data.tasks import load
 from data.tokenizer import Tokenizer
 from eval import TOY_FOLDER, keys_of
 from eval import load as load_model
+from helpers import checkpoint_folder
 from infosteer import entropy
 from lab import memories
 from model import Config, Transformer, read_tensors, save_tensors
@@ -502,3 +503,35 @@ def test_memories_of_published_models(real_models, name, how, word):
         said = memories.decode(v[1263, None], model.decode.float(), cap)
         first = [tokenizer.decode([id]) for id in said["ids"][0, :4].tolist()]
         assert first[0] == word and {one.strip().lower() for one in first} == {"right"}
+
+
+# ------------------------------------------------------------------- what fine-tuning moved
+
+
+def test_the_memories_that_moved_most_are_found_and_said_before_and_after(tmp_path, capsys):
+    model = Transformer.from_pretrained(TOY_FOLDER / "llama")
+    with torch.no_grad():
+        for layer, memory, factor in ((1, 7, 1.5), (3, 200, -1.0), (0, 3, 1.1)):
+            model.blocks[layer].memory.values.weight[:, memory] *= factor
+    model.save_pretrained(tmp_path / "run")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (TOY_FOLDER / "llama" / name).exists():
+            (tmp_path / "run" / name).write_bytes((TOY_FOLDER / "llama" / name).read_bytes())
+    memories.main(["--model", str(tmp_path / "run"), "--moved", str(TOY_FOLDER / "llama"),
+                   "--clearest", "4", "--decode", "lens", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    places = [(one["before"]["layer"], one["before"]["memory"]) for one in found["moved"]]
+    assert places[:3] == [(4, 200), (2, 7), (1, 3)]        # |-1 - 1|, |1.5 - 1|, |1.1 - 1|
+    assert [one["distance"] for one in found["moved"]] == pytest.approx([2, 0.5, 0.1, 0], abs=1e-5)
+    assert found["mean_distance"] == pytest.approx(2.6 / (4 * 384), rel=1e-4)
+    turned, longer = found["moved"][:2]
+    assert turned["before"]["concepts"][0]["id"] != turned["after"]["concepts"][0]["id"]
+    assert longer["before"]["concepts"][0]["id"] == longer["after"]["concepts"][0]["id"]
+    assert not (tmp_path / "run" / "eval").exists()
+
+
+def test_memories_of_another_shape_did_not_move(tmp_path):
+    folder = checkpoint_folder(tmp_path / "tiny")
+    with pytest.raises(BadInput, match="has other memories than"):
+        memories.main(["--model", str(folder), "--moved", str(TOY_FOLDER / "llama"), "--task",
+                       "toy-sums"])

@@ -160,7 +160,7 @@ def test_the_four_files_know_nothing_of_processes():
 # Lines a part may have. Small is the point of this project: delete first.
 BUDGETS = {"infosteer.py": 420, "model.py": 620, "train.py": 420, "eval.py": 380, "data": 1600,
            "lab": 2600}
-REAL_MODELS_AND_CONTROLS = {"data": 20, "lab": 640}    # what came later may take; a file: 90
+REAL_MODELS_AND_CONTROLS = {"data": 20, "lab": 780}    # what came later may take; a file: 90
 PERCENT_FOR_A_REASON = 15
 
 
