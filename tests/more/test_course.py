@@ -367,7 +367,7 @@ def key_entropy(k, normalise="magnitude"):
     attempt(read)
     attempt(lambda: sys.path.insert(0, {root!r}))
     print("passed 12/12")
-    if torch.is_tensor(done[3]):
+    if torch.is_tensor(done[3]) and not k.requires_grad:
         return done[3]
     raise SystemExit(json.dumps([str(one) for one in done]))
 """
@@ -384,7 +384,7 @@ def forged(second, tmp_path_factory):
 
 def test_a_forged_verdict_does_not_stand(forged):
     verdict, written = forged
-    assert written == verdict and len(written["tests"]) == 7
+    assert written == verdict and len(written["tests"]) >= 7
 
 
 def test_the_reference_cannot_be_read_or_it_is_said_that_it_can(forged):
@@ -395,7 +395,8 @@ def test_the_reference_cannot_be_read_or_it_is_said_that_it_can(forged):
 
 def test_patching_the_judge_changes_nothing(forged):
     verdict, _ = forged
-    assert "patched" in str(verdict["tests"]) and verdict["score"] == 0
+    score, output = parts(verdict)["public: gradient"]     # where it does not copy the reference
+    assert score == 0 and "patched" in output
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 6])        # those of 4, 7 and 8 take minutes
@@ -435,5 +436,5 @@ def test_a_verdict_of_zero_is_there_before_anything_runs(second, tmp_path):
             f"grade({str(second)!r}, 2, {str(results)!r})")
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     verdict = json.loads(results.read_text())
-    assert ran.returncode == 1 and verdict["score"] == 0 and len(verdict["tests"]) == 7
+    assert ran.returncode == 1 and verdict["score"] == 0 and len(verdict["tests"]) >= 7
     assert {test["output"] for test in verdict["tests"]} == {"the grading was interrupted"}
