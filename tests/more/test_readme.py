@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") if (ROOT / name).is_file() else ""
-             for name in ("README.md", "lab/README.md", "lab/RESULTS.md")}
+             for name in ("README.md", "lab/README.md", "lab/RESULTS.md", "lab/course/README.md")}
 README = DOCUMENTS["README.md"]
 SOURCES = [path for path in ROOT.rglob("*.py")
            if not {"out", "venv"} & {*path.relative_to(ROOT).parts}
@@ -69,6 +69,8 @@ WITH_TRAINING = ("lab.experiment", "lab.spread")       # they take the flags of 
 def help_of(name, capsys):
     """What a command prints for --help."""
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    if not hasattr(module, "main"):    # a folder that is a command
+        module = importlib.import_module(f"{name}.__main__")
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
