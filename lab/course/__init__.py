@@ -12,18 +12,13 @@ ROOT = HERE.parents[1]                 # the tree that is checked: the project, 
 EXPECTED = HERE / "expected"           # in a hand-out: what the right and the wrong answers give
 PUBLIC_SEED = 0                        # of the public checks; a hidden one has another
 SHARES = {"public": 0.60, "hidden": 0.25, "written": 0.15}     # of an assignment's points
-
-
-def numbers():
-    """The numbers of the assignments that are here."""
-    return sorted(int(path.name[1:].split("_")[0]) for path in HERE.glob("a[0-9]*_*.py"))
+ASSIGNMENTS = {int(path.stem[1:].split("_")[0]): path.stem for path in HERE.glob("a[0-9]*_*.py")}
 
 
 def load(number):
     """The module of an assignment."""
-    path, = HERE.glob(f"a{number}_*.py")
-    return importlib.import_module(f"lab.course.{path.stem}")
+    return importlib.import_module(f"lab.course.{ASSIGNMENTS[number]}")
 
 
-def title(assignment):
-    return assignment.__doc__.splitlines()[0].rstrip(".")
+def title(number):
+    return f"{number} {load(number).__doc__.splitlines()[0]}"

@@ -129,22 +129,22 @@ RIGHT = {
     "einsum over memories": {"model.py": FORWARD.replace(
         "self.values(k)", 'torch.einsum("btm,dm->btd", k, self.values.weight)')},
 }
-WRONG = {name: (why, {"model.py": FORWARD.replace(line, new)}) for name, line, new, why in (
-    ("product", K, "self.act(gate * up)", "this is act(gate * up); only the gate is activated, so "
+WRONG = {why: {"model.py": FORWARD.replace(line, new)} for line, new, why in (
+    (K, "self.act(gate * up)", "this is act(gate * up); only the gate is activated, so "
      "that a negative `up` can make a loud negative coefficient"),
-    ("swapped", K, "gate * self.act(up)", "gate and up are swapped: this is gate * act(up)"),
-    ("gate alone", K, "self.act(gate)", "this is act(gate) alone; `up` says how loudly it speaks"),
-    ("sum", K, "self.act(gate) + up", "this is act(gate) + up; a shut gate has to silence its "
+    (K, "gate * self.act(up)", "gate and up are swapped: this is gate * act(up)"),
+    (K, "self.act(gate)", "this is act(gate) alone; `up` says how loudly it speaks"),
+    (K, "self.act(gate) + up", "this is act(gate) + up; a shut gate has to silence its "
      "memory, so they are multiplied"),
-    ("no activation", K, "gate * up", "this is gate * up; without `act` no gate is ever shut"),
-    ("steers the gate", CHANGE, "k = steering.change(self.act(gate)) * up",
+    (K, "gate * up", "this is gate * up; without `act` no gate is ever shut"),
+    (CHANGE, "k = steering.change(self.act(gate)) * up",
      "the gate is steered; what is steered are the coefficients, after `up`"),
-    ("flux before", CHANGE, f"{MEASURE}; return self.values(steering.change(k)), flux, reward",
+    (CHANGE, f"{MEASURE}; return self.values(steering.change(k)), flux, reward",
      "the flux is that of the coefficients before the change; measure what is used"),
-    ("change not used", MEASURE, f"{MEASURE}; k = self.act(gate) * up",
+    (MEASURE, f"{MEASURE}; k = self.act(gate) * up",
      "the changed coefficients are measured, but the answer is that of the old ones"),
-    ("detached", MEASURE, "flux, reward = steering.measure(k.detach())",
+    (MEASURE, "flux, reward = steering.measure(k.detach())",
      "the entropy is that of detached coefficients, so the reward teaches nothing"),
-    ("flux twice", MEASURE, "flux = reward = steering.measure(k)[0]",
+    (MEASURE, "flux = reward = steering.measure(k)[0]",
      "the flux is returned as the reward too; only some methods have a reward"),
 )}

@@ -113,38 +113,34 @@ RIGHT = {
     "logsumexp of log a": but(H, "b = a.log()\n    return b.logsumexp(-1) - (q * b).sum(-1)"),
 }
 WRONG = {
-    "bits": ("this is the entropy in bits; nats take the natural logarithm",
-             but(H, "return -(q * q.log2()).sum(-1)")),
-    "no abs": ("k has both signs, and k / sum k has negative shares, which have no logarithm",
-               but(A, "a = k.to(wide)")),
-    "only positive": ("negative coefficients are left out; a memory that speaks against something "
-                      "is awake too: it is the magnitude that counts",
-                      but(A, "a = k.to(wide).clamp_min(torch.finfo(wide).tiny)")),
-    "softmax of |k|": ("these are shares by softmax of |k|; eq. 5 divides |k| by its sum",
-                       but(Q, "q = a.softmax(-1)")),
-    "squares": ("these are the shares of k squared, as of energy; eq. 5 takes |k|",
-                but(A, "a = k.to(wide).square().clamp_min(torch.finfo(wide).tiny)")),
-    "1e-6 in the log": ("something like 1e-6 is added inside the logarithm, which changes every "
-                        "value: with thousands of memories the shares are not far above it",
-                        but(H, "return -(q * (q + 1e-6).log()).sum(-1)")),
-    "total detached": ("these are the gradients with sum|k| detached; the total depends on k too",
-                       but(Q, "q = a / a.sum(-1, keepdim=True).detach()")),
-    "sums in bf16": ("the sums are kept in bf16, whose three digits are lost over 14,336 addends",
-                     but(A, "a = k.abs().clamp_min(torch.finfo(k.dtype).tiny)").replace(
-                         H, "    return -(q * q.log()).sum(-1).to(wide)\n")),
-    "entr": ("at k = 0 the slope of -q log q is infinite, as of torch.special.entr, and times the "
-             "slope of |k| it is not a number; keep |k| above 0",
-             but(A, "a = k.abs().to(wide)").replace(H, "    return torch.special.entr(q).sum(-1)")),
-    "over tokens": ("this is a distribution over tokens; the memories are the last dimension",
-                    but(Q, "q = a / a.sum(-2, keepdim=True)")),
-    "mean for sum": ("this is the mean over the memories; the entropy is a sum over them",
-                     but(H, "return -(q * q.log()).mean(-1)")),
-    "sign": ("the sign is that of sum q log q; an entropy is not negative",
-             but(H, "return (q * q.log()).sum(-1)")),
-    "not normalised": ("|k| is not divided by its sum, so these are no shares",
-                       but(Q, "q = a")),
-    "one number": ("this is one number for all tokens; each token has an entropy of its own",
-                   but(H, "return -(q * q.log()).sum(-1).mean()")),
-    "only softmax": ("this is the softmax reading; the default is \"magnitude\"",
-                     CODE.replace('if normalise == "softmax"', "if True")),
+    "this is the entropy in bits; nats take the natural logarithm":
+        but(H, "return -(q * q.log2()).sum(-1)"),
+    "k has both signs, and k / sum k has negative shares, which have no logarithm":
+        but(A, "a = k.to(wide)"),
+    "negative coefficients are left out; a memory that speaks against something is awake too: it "
+    "is the magnitude that counts": but(A, "a = k.to(wide).clamp_min(torch.finfo(wide).tiny)"),
+    "these are shares by softmax of |k|; eq. 5 divides |k| by its sum": but(Q, "q = a.softmax(-1)"),
+    "these are the shares of k squared, as of energy; eq. 5 takes |k|":
+        but(A, "a = k.to(wide).square().clamp_min(torch.finfo(wide).tiny)"),
+    "something like 1e-6 is added inside the logarithm, which changes every value: with thousands "
+    "of memories the shares are not far above it": but(H, "return -(q * (q + 1e-6).log()).sum(-1)"),
+    "these are the gradients with sum|k| detached; the total depends on k too":
+        but(Q, "q = a / a.sum(-1, keepdim=True).detach()"),
+    "the sums are kept in bf16, whose three digits are lost over 14,336 addends":
+        but(A, "a = k.abs().clamp_min(torch.finfo(k.dtype).tiny)").replace(
+            H, "    return -(q * q.log()).sum(-1).to(wide)\n"),
+    "at k = 0 the slope of -q log q is infinite, as of torch.special.entr, and times the slope of "
+    "|k| it is not a number; keep |k| above 0":
+        but(A, "a = k.abs().to(wide)").replace(H, "    return torch.special.entr(q).sum(-1)"),
+    "this is a distribution over tokens; the memories are the last dimension":
+        but(Q, "q = a / a.sum(-2, keepdim=True)"),
+    "this is the mean over the memories; the entropy is a sum over them":
+        but(H, "return -(q * q.log()).mean(-1)"),
+    "the sign is that of sum q log q; an entropy is not negative":
+        but(H, "return (q * q.log()).sum(-1)"),
+    "|k| is not divided by its sum, so these are no shares": but(Q, "q = a"),
+    "this is one number for all tokens; each token has an entropy of its own":
+        but(H, "return -(q * q.log()).sum(-1).mean()"),
+    'this is the softmax reading; the default is "magnitude"':
+        CODE.replace('if normalise == "softmax"', "if True"),
 }

@@ -116,34 +116,35 @@ RIGHT = {
     "sort": but(CHOSEN, "chosen = size.argsort(-1).argsort(-1) < n"),
 }
 WRONG = {
-    "mean detached": ("the mean is detached; the gradient flows through it to every coefficient",
-                      but(MEAN, "mean = size.mean(-1, keepdim=True).detach()")),
-    "signed mean": ("this is the mean of k with its signs, which cancel; by magnitude it is that "
-                    "of |k|", but(MEAN, "mean = k.mean(-1, keepdim=True)")),
-    "int()": ("the number is cut off by int(); it is rounded to the nearest",
-              but(N, "n = max(1, int(p * k.shape[-1]))")),
-    "ceil": ("the number is rounded up; it is rounded to the nearest",
-             but(N, "n = -int(-p * k.shape[-1] // 1)")),
-    "batch mean": ("the mean is that of the whole batch; each token has a mean of its own",
-                   but(MEAN, "mean = size.mean()")),
-    "sign lost": ("the sign is lost: by magnitude, a negative coefficient stays negative",
-                  but(RAISED, "raised = alpha * mean * torch.ones_like(k)")),
-    "torch.sign": ("torch.sign(0) is 0, so what is 0 stays asleep; a zero counts as positive",
-                   CODE.replace("torch.where(k < 0, -1, 1)", "k.sign()")),
-    "ties": ("equals are all raised, so more than n; choose n by their places, not by comparing",
-             but(CHOSEN, "chosen = size <= size.kthvalue(n, -1, keepdim=True).values")),
-    "straight-through": ("the gradient flows through replaced entries as if they had stayed",
-                         but(END, "return k + (torch.where(chosen, raised, k) - k).detach()")),
-    "in place": ("the given tensor is changed in place; others still need it, autograd too",
-                 but(END, "k[chosen] = raised[chosen].detach()\n    return k")),
-    "largest": ("the largest are replaced; eq. 4 raises the smallest",
-                CODE.replace("largest=False", "largest=True")),
-    "added": ("alpha times the mean is added to the coefficient; eq. 4 puts it in its place",
-              but(RAISED, RAISED.strip() + " + k")),
-    "mean of the kept": ("this is the mean of those that stay; it is the mean of all, before", but(
-        MEAN, "mean = (size * ~chosen).sum(-1, keepdim=True) / (~chosen).sum(-1, keepdim=True)")),
-    "whole batch": ("the smallest are those of the whole batch; each token has its own", but(
-        CHOSEN, "n *= k[..., 0].numel()\n"
-        "    chosen = size.flatten().argsort().argsort().view_as(k) < n")),
-    "one reading": ('rank_by="value" gives the same as "magnitude"', but(BY, "magnitude = True")),
+    "the mean is detached; the gradient flows through it to every coefficient":
+        but(MEAN, "mean = size.mean(-1, keepdim=True).detach()"),
+    "this is the mean of k with its signs, which cancel; by magnitude it is that of |k|":
+        but(MEAN, "mean = k.mean(-1, keepdim=True)"),
+    "the number is cut off by int(); it is rounded to the nearest":
+        but(N, "n = max(1, int(p * k.shape[-1]))"),
+    "the number is rounded up; it is rounded to the nearest":
+        but(N, "n = -int(-p * k.shape[-1] // 1)"),
+    "the mean is that of the whole batch; each token has a mean of its own":
+        but(MEAN, "mean = size.mean()"),
+    "the sign is lost: by magnitude, a negative coefficient stays negative":
+        but(RAISED, "raised = alpha * mean * torch.ones_like(k)"),
+    "torch.sign(0) is 0, so what is 0 stays asleep; a zero counts as positive":
+        CODE.replace("torch.where(k < 0, -1, 1)", "k.sign()"),
+    "equals are all raised, so more than n; choose n by their places, not by comparing":
+        but(CHOSEN, "chosen = size <= size.kthvalue(n, -1, keepdim=True).values"),
+    "the gradient flows through replaced entries as if they had stayed":
+        but(END, "return k + (torch.where(chosen, raised, k) - k).detach()"),
+    "the given tensor is changed in place; others still need it, autograd too":
+        but(END, "k[chosen] = raised[chosen].detach()\n    return k"),
+    "the largest are replaced; eq. 4 raises the smallest":
+        CODE.replace("largest=False", "largest=True"),
+    "alpha times the mean is added to the coefficient; eq. 4 puts it in its place":
+        but(RAISED, RAISED.strip() + " + k"),
+    "this is the mean of those that stay; it is the mean of all, before":
+        but(MEAN, "kept = (~chosen).sum(-1, keepdim=True)\n"
+                  "    mean = (size * ~chosen).sum(-1, keepdim=True) / kept"),
+    "the smallest are those of the whole batch; each token has its own":
+        but(CHOSEN, "n *= k[..., 0].numel()\n"
+                    "    chosen = size.flatten().argsort().argsort().view_as(k) < n"),
+    'rank_by="value" gives the same as "magnitude"': but(BY, "magnitude = True"),
 }

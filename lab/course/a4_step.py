@@ -131,7 +131,7 @@ RIGHT = {"boolean mask, shortest first": CODE, "index list": CODE.replace("targe
         *torch.tensor([(row, place) for row, (ids, n_prompt) in enumerate(rows)
                        for place in range(n_prompt - 1, len(ids) - 1)]).T,)""")}
 TARGETS, REWARD, SIZE = "(n - 1) + ids[n:]", "(reward * real)", "(len(batches[-1]) + 1) * longest"
-WRONG = {why: (why, CODE.replace(line, new)) for line, new, why in (
+WRONG = {why: CODE.replace(line, new) for line, new, why in (
     (TARGETS, "n + ids[n:-1]", "each token is its own target; it is asked for the one after it"),
     ("[IGNORE] * " + TARGETS, "ids[1:]", "the prompt is supervised too; only the answer counts"),
     (TARGETS, "(n - 1) + ids[n:-1] + [IGNORE]", "the id that ends an answer is no target"),

@@ -131,7 +131,7 @@ RIGHT = {"explicit softmax": CODE, "complex rotation": CODE.replace(
         "1) @ v", "1).unflatten(1, q.shape[1:3]).matmul(v[:, :, None]).flatten(1, 2)")}
 NORMS, TURNS = (f"{line}\n" for line in CODE.splitlines() if line.startswith("        q, k = "))
 FAMILY = "FAMILIES = dict(llama={}, qwen2=dict(qkv_bias=True), qwen3=dict(qk_norm=True), gemma2="
-WRONG = {why: (why, line if new is None else CODE.replace(line, new)) for line, new, why in (
+WRONG = {why: line if new is None else CODE.replace(line, new) for line, new, why in (
     (f"x.chunk(2, -1)\n    return {SUM}", f"x.unflatten(-1, (-1, 2)).unbind(-1)\n    return {SUM}"
      ".unflatten(-1, (2, -1)).mT.flatten(-2)", "pairs are interleaved; x_i goes with x_{i + D/2}"),
     ("config.window if", "config.window + 1 if", "the window is one too wide; it counts the token"),

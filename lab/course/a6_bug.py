@@ -134,7 +134,7 @@ def test_properties():
     assert torch.allclose(plain, capped, atol=1e-4)
 """
 REFERENCE, RIGHT = {"tests/test_mine.py": CODE}, {"by hand": CODE, "properties": PROPERTIES}
-WRONG = {why: (why, text) for text, why in (
+WRONG = {why: text for text, why in (
     ("def test():\n    assert 0", "a test fails on right code, so its failing says nothing"),
     (PROPERTIES.split("    H =")[0], "no test fails on a fault, as if code were its own judge"),
     (CODE.replace("def test", "def check"), "no function is called test_..., so nothing is tested"),

@@ -105,7 +105,7 @@ RIGHT = {"statistics.stdev": CODE.replace("import math", "import math\nimport st
     "std of a tensor, sums by text": CODE.replace(
     ERROR, "torch.tensor(values, dtype=torch.double).std().item() / len(values) ** 0.5").replace(
     SUMS, "torch.stack([(x - x.mean())[text == one].sum() for one in text.unique()])")}
-WRONG = {why: (why, CODE.replace(line, new)) for line, new, why in (
+WRONG = {why: CODE.replace(line, new) for line, new, why in (
     ("in values) / (len(values) - 1)", "in values) / len(values)",
      "squares are divided by n; one number went into the mean"),
     (ERROR, "math.sqrt(variance)", "this is the standard deviation; a mean is surer than that"),

@@ -135,7 +135,7 @@ METHODS = {**METHODS, "mine": Method(("lam", "layers"), measure=spread)}
 """
 MEAN, NEW, ROW = "(-1, keepdim=True, dtype=accumulate(k))", "s.gamma * size * k.sign()", '"gamma", '
 RIGHT = {"a change of the forward pass": CODE, "a reward": REWARD}
-WRONG = {why: (why, text.replace(line, new)) for text, line, new, why in (
+WRONG = {why: text.replace(line, new) for text, line, new, why in (
     (CODE, MEAN, "()", "a token's change depends on the other tokens, by a mean over the batch"),
     (CODE, "k + " + NEW, f"k.add_({NEW})", "k is changed in place; flux and autograd need it"),
     (CODE.replace(ROW, ""), "s.gamma", "0.1", "its strength is a constant, not a setting in s"),

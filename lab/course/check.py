@@ -1,7 +1,8 @@
 """Compare what students' code gives with what the reference and the known wrong answers give.
 
 An outcome is what one part of an assignment gave: {case: tensor, "error": text}. Answers are
-{name: {part: outcome}}, and one of them is "reference".
+{name: {part: outcome}}: that of "reference", and of each known wrong answer, named by the sentence
+that says what is wrong with it.
 """
 import json
 import os
@@ -23,26 +24,25 @@ SECONDS = 20                           # for each part; the reference takes one 
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def outcomes(number, trees, seeds, folder, seconds=SECONDS, request={}, **process):
-    """Run an assignment's parts on trees {name: tree} -> ({seed: answers}, exit status). The parts
-    of a single tree, a student's, run in a process each. `folder` keeps the outcomes. request: more
-    for probe.py, which has it from its standard input; process: more for Popen."""
+def outcomes(number, trees, seeds, folder, seconds=SECONDS, **process):
+    """Run an assignment's parts on trees {name: tree} -> {seed: answers}. The parts of a single
+    tree, a student's, run in a process each. `folder` keeps the outcomes. process: for Popen."""
     parts = [(part, seed, f"-{seed}-{i}.safetensors")
              for seed in seeds for i, part in enumerate(load(number).PARTS)]
     jobs = [(str(tree), number, [(part, seed, str(Path(folder, f"{n}{file}")))
                                  for part, seed, file in some])
             for n, tree in enumerate(trees.values())
             for some in ([parts] if len(trees) > 1 else [[one] for one in parts])]
-    request = json.dumps({"jobs": jobs, "seconds": seconds, **request})
     probe = Path(jobs[0][0], "lab", "course", "probe.py")
     with subprocess.Popen([sys.executable, "-B", probe], stdin=subprocess.PIPE, text=True,
                           start_new_session=True, **process) as running:
         with suppress(subprocess.TimeoutExpired, OSError):     # students may stop it
-            running.communicate(request, len(trees) * len(parts) * seconds + 60)
+            running.communicate(json.dumps({"jobs": jobs, "seconds": seconds}),
+                                len(trees) * len(parts) * seconds + 60)
         with suppress(OSError, AttributeError):
             running.kill()
             os.killpg(running.pid, signal.SIGKILL)     # what it left behind; not on Windows
-    return {seed: read_answers(number, trees, seed, folder) for seed in seeds}, running.returncode
+    return {seed: read_answers(number, trees, seed, folder) for seed in seeds}
 
 
 def read_answers(number, names, seed, folder):
@@ -57,7 +57,7 @@ def read_outcome(path):                # without the project's own reader, which
             with safe_open(path, framework="pt") as file:
                 return {"error": file.metadata()["error"],
                         **{case: file.get_tensor(case) for case in file.keys()}}
-    return {"error": "Ended: its process left no result"}
+    return {"error": "Ended: its process ended by itself and left no result"}
 
 
 def same(one, other):
@@ -75,17 +75,18 @@ def alike(one, other):
     return sum(same(one.get(case), other.get(case)) for case in one | other) / len(one | other)
 
 
-def diagnose(found, answers, sentences):
+def diagnose(found, answers):
     """{part: None where it is right, else why not}: the sentence of the known wrong answer that
     gives the same, and of several the one that is most like it in all parts; or what differs."""
-    likely = sorted(sentences, reverse=True, key=lambda name: sum(
+    likely = sorted(answers, reverse=True, key=lambda name: sum(
         alike(outcome, answers[name][part]) for part, outcome in found.items()))
     verdicts = {}
     for part, outcome in found.items():
-        right, *wrong = (answers[name][part] for name in ("reference", *likely))
-        known = [sentences[name] for name, one in zip(likely, wrong) if alike(outcome, one) == 1]
-        verdicts[part] = (None if alike(outcome, right) == 1 else
-                          known[0] if known else difference(outcome, right))
+        equal = [name for name in likely if alike(outcome, answers[name][part]) == 1]
+        right = "reference" in equal and not outcome["error"]
+        verdicts[part] = None if right else next(
+            (name for name in equal if name != "reference"),
+            difference(outcome, answers["reference"][part]))
     return verdicts
 
 
@@ -114,19 +115,17 @@ def short(thing):
 
 def check(number):
     """Print what the public checks say of this tree. Raises BadInput where it is no hand-out."""
-    assignment, path = load(number), EXPECTED / f"{number}.json"
+    path, points = EXPECTED / f"{number}.json", SHARES["public"] * load(number).POINTS
     if not path.is_file():
         raise BadInput(f"{ROOT}: is no hand-out of assignment {number}, so there is nothing to "
                        f"check; python -m lab.course handout {number} --out DIR makes one")
     with tempfile.TemporaryDirectory() as folder:
-        found, _ = outcomes(number, {"": ROOT}, [PUBLIC_SEED], folder)
-    sentences = read_json(path)
-    answers = read_answers(number, ["reference", *sentences], PUBLIC_SEED, EXPECTED)
-    verdicts = diagnose(found[PUBLIC_SEED][""], answers, sentences)
-    points = SHARES["public"] * assignment.POINTS
+        found = outcomes(number, {"": ROOT}, [PUBLIC_SEED], folder)[PUBLIC_SEED][""]
+    names = read_json(path, list)
+    verdicts = diagnose(found, read_answers(number, names, PUBLIC_SEED, EXPECTED))
     each, width = points / len(verdicts), max(map(len, verdicts))
     got = each * [*verdicts.values()].count(None)
-    print(f"{number} {title(assignment)}   {got:.3g} of {points:.3g} public points")
+    print(f"{title(number)}   {got:.3g} of {points:.3g} public points")
     for part, why in verdicts.items():
         print(f"  {'WRONG' if why else 'ok':<6} {part:<{width}} {0 if why else each:.3g}/{each:.3g}"
               + f"   {why}" * bool(why))
@@ -136,8 +135,7 @@ def check(number):
 
 def hint(number):
     """Print the next of an assignment's hints; after the last one, the last one again."""
-    path, hints = ROOT / ".hints.json", load(number).HINTS
-    seen = read_json(path) if path.is_file() else {}
-    level = min(seen.get(str(number), 0), len(hints) - 1)
-    write_whole(path, json.dumps({**seen, str(number): level + 1}) + "\n")
-    print(f"hint {level + 1} of {len(hints)}: {hints[level]}")
+    path, hints = ROOT / f".hint{number}", load(number).HINTS
+    level = min(int(path.read_text()) + 1 if path.is_file() else 1, len(hints))
+    write_whole(path, str(level))
+    print(f"hint {level} of {len(hints)}: {hints[level - 1]}")
