@@ -25,18 +25,19 @@ from lab.course.check import SECONDS, diagnose, outcomes
 SHIPPED = ("*.py", "requirements.txt", ".gitignore", "data/*.*", "data/toy/*.json",
            "data/toy/*/*.json", "data/toy/*/model.safetensors", "lab/*.py", "tests/conftest.py",
            "tests/helpers.py", "tests/test_0*.py", "tests/golden/**/*.[js]*",
-           *(f"lab/course/{name}.py" for name in ("__init__", "__main__", "probe", "check")))
+           "lab/course/__*.py", "lab/course/check.py", "lab/course/probe.py")
 NOT_HANDED_OUT = "# " + "-" * 79 + " not handed out\n"         # below it, the teacher's part
 MODELS = Path(os.environ.get("INFOSTEER_MODELS") or ROOT.parent / "models")
 WARNING = ("the student's code could read the grader's files, which cannot be prevented here: read "
            "that code, or grade as root, with the project in a folder of mode 700")
 
 
+@functools.cache                       # the reference is taken apart for each wrong answer
 def spans(source):
     """The statements of a file, and those in its classes: [(names that it defines, the place of its
     first line, the place behind its last, its tree)]. Raises SyntaxError."""
     found = []
-    for node in ast.parse(source).body:
+    for node in ast.parse(source, "here").body:
         inside = node.body if isinstance(node, ast.ClassDef) else []
         for one, prefix in [(node, ""), *((member, f"{node.name}.") for member in inside)]:
             names = {one.name} if hasattr(one, "name") else {       # of a definition; of others
@@ -114,8 +115,7 @@ def graft(number, clean, answers, out):
                 text = (out / file).read_text("utf-8") + additions(text, before, wanted)
             write_whole(out / file, text)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
-            raise BadInput(f"{file}{line}: {(error.args or ['nested too deeply'])[0]}") from None
+            raise BadInput(f"{file}: {str(error) or 'nested too deeply'}") from None
     return out
 
 
@@ -164,7 +164,7 @@ def handout(number, out):
                                    key, (question, command) in assignment.WRITTEN.items()))
     for template, name in (("student.md", "README.md"), ("tutor.md", "AGENTS.md")):
         write_whole(out / name, (HERE / template).read_text("utf-8").format(**words))
-    empty = {**dict.fromkeys(assignment.WRITTEN), "why": ""}
+    empty = dict.fromkeys([*assignment.WRITTEN, "why"], "")
     write_whole(out / "answers.json", json.dumps(empty, indent=2) + "\n")
 
 
@@ -189,8 +189,7 @@ def grade(tree, number, results, seed=None, seconds=SECONDS):
                  for kind, of_parts in verdicts.items() for part, why in of_parts.items()
                  for most in [round(SHARES[kind] * assignment.POINTS / len(of_parts), 4)]]
         verdict = {"score": round(sum(test["score"] for test in tests), 4),
-                   "execution_time": round(time.monotonic() - began, 1), "visibility": "visible",
-                   "output": title(number), "tests": tests, **more}
+                   "execution_time": round(time.monotonic() - began, 1), "tests": tests, **more}
         write_whole(results, json.dumps(verdict, indent=2) + "\n")
         return verdict
 

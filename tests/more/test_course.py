@@ -289,7 +289,7 @@ def test_outputs_learnt_by_heart_pass_in_public_and_not_hidden(second, tmp_path)
 
 
 @pytest.mark.parametrize("code, said", [
-    ("def key_entropy(k:\n", "infosteer.py, line "),
+    ("def key_entropy(k:\n", "infosteer.py: '(' was never closed (here, line "),
     ("import no_such_package\n" + RIGHT, "No module named 'no_such_package'"),
     ("\0", "infosteer.py: "), ("(" * 99_999, "infosteer.py"),
     ("-" * 99_999 + "1", "infosteer.py: nested too deeply"),
