@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 
-def draw(seed, *shape, dtype=torch.float64):
-    """Normal numbers. Their shape is the given one for the public seed, 0; for another seed each
-    side is up to three longer."""
+def draw(seed, *shape):
+    """Normal numbers in fp64. Their shape is the given one for the public seed, 0; for another seed
+    each side is up to three longer."""
     generator = torch.Generator().manual_seed(seed)
     longer = torch.randint(0, 4, (len(shape),), generator=generator).tolist()
     shape = [side + more * bool(seed) for side, more in zip(shape, longer)]
-    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def run(tree, number, parts):
