@@ -288,14 +288,15 @@ def measure_steps(args, add, model, data, folder=None):
         passes |= {"int": (partial(backward, args, model, "int"), model, "none"),
                    "reg": (partial(backward, args, model, "reg"), model, "none"),
                    "none + checkpoint": (partial(plain, checkpoint=True), model, "none")}
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=True)
+    optimizers = {model: torch.optim.AdamW(model.parameters(), 0.0, fused=True)}
+    if folder:
         for rows in data[:3]:          # before the peer is there
             plain(rows)
-            update(optimizer, model)
+            update(optimizers[model], model)
         add("memory", "the process, 3 steps", peak_memory(args.device) / 2**30, "GiB")
     if args.against:
         peer = Peer(args, model, folder)
+        optimizers[peer.model] = torch.optim.AdamW(peer.model.parameters(), 0.0, fused=True)
         check_gradients(args, add, model, peer, data[0], plain)
         for n in PEER_STEPS if folder else [PEER_STEP]:
             name = f"peer, {n} rows" if folder else "peer"
@@ -306,9 +307,6 @@ def measure_steps(args, add, model, data, folder=None):
         for block in model.blocks:
             block.compile(dynamic=True)
     if "step" in args.parts:
-        optimizers = {owner: torch.optim.AdamW(owner.parameters(), 0.0, fused=True)
-                      for _, owner, _ in passes.values()}
-
         def step(gradients, owner, _, turn):
             gradients(data[turn])
             update(optimizers[owner], owner)
