@@ -78,8 +78,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: not usable here "
-                       f"({str(error).splitlines()[0]})") from None
+        raise BadInput(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     return torch.device(name)
 
 
@@ -204,10 +203,9 @@ def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_byte
         return said
     prompts = [tokenizer.encode(example.prompt, special=False) for example in examples]
     outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
-    stop = set(model.config.eos_ids)           # ids above max_id are padding rows of the embedding
+    texts = {*range(tokenizer.max_id + 1)} - {*model.config.eos_ids}   # above: padding rows' ids
     for one, ids in zip(said, outputs):
-        ids = [i for i in ids if i not in stop and i <= tokenizer.max_id]
-        one["response"] = tokenizer.decode(ids)
+        one["response"] = tokenizer.decode([i for i in ids if i in texts])
     return said
 
 
@@ -288,8 +286,7 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
         if how == "choice" and (examples[0].task.kind == "arithmetic" or not examples[0].choices):
             raise BadInput(f"--score choice: {name} has no short list of answers to rank; "
                            "use --score generate")
-        without = [one.index for one in examples if how == "text" and not option_texts(one)]
-        if without:
+        if without := [one.index for one in examples if how == "text" and not option_texts(one)]:
             raise BadInput(f"--score text: {Path(data, name, 'test.json')}, row {without[0]} (the "
                            "first is 0): no texts of options to rank; --score generate takes it")
     device = pick_device(device)
@@ -298,16 +295,13 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
     identity, out = which_model(folder), Path(out or Path(folder, "eval"))
     summaries, model = [], None
     for name, examples in tasks.items():
-        part = f"-first{limit}" if limit and limit < len(examples) else ""
+        path = items_file(out, name, examples, how, limit, steered)
         task, examples = examples[0].task, examples[:limit]
         items = json.dumps([[example.prompt, example.answer] for example in examples])
         settings = {"task": name, "task_json": task.own, "score": how or task.score, "dtype": dtype,
-                    "steered": str(steering) if steered else None,
-                    "max_new_tokens": max_new_tokens or task.max_new_tokens,
-                    "model": str(folder), "model_sha256": identity,
+                    "steered": str(steering) if steered else None, "model_sha256": identity,
+                    "max_new_tokens": max_new_tokens or task.max_new_tokens, "model": str(folder),
                     "items_sha256": hashlib.sha256(items.encode()).hexdigest()}
-        variant = f"-{how}" * (how not in (None, task.score)) + "-steered" * steered
-        path = out / f"{name}{variant}{part}.jsonl"
         with locked(f"{path}.lock", wait=True):                # another process may score it now
             summary = None if overwrite else read_scores(path.with_suffix(".json"), settings)
             if summary is None:
@@ -317,6 +311,13 @@ def score(folder, names, data, out=None, how=None, device="auto", dtype="auto", 
                                    int(cache_gb * 2**30))
         summaries.append(summary)
     return summaries
+
+
+def items_file(out, name, examples, how=None, limit=None, steered=False):
+    """Where the items of a task's test split are kept in the folder `out`."""
+    part = f"-first{limit}" if limit and limit < len(examples) else ""
+    variant = f"-{how}" * (how not in (None, examples[0].task.score)) + "-steered" * steered
+    return Path(out, f"{name}{variant}{part}.jsonl")
 
 
 def read_scores(path, settings):
@@ -379,11 +380,10 @@ def side_by_side(columns, detailed=False):
              + "".join(f"{title:>{width}}{'nll':>16}" for title in columns)
              + f"{strict:>9}{'unparsed':>10}{'left out':>10}" * detailed]
     for suite in dict.fromkeys(suite_of(summary["task"]) for summary in first):
-        inside = [i for i, summary in enumerate(first) if suite_of(summary["task"]) == suite]
-        if suite != first[inside[0]]["task"]:
+        inside = {i: s for i, s in enumerate(first) if suite_of(s["task"]) == suite}
+        if suite != first[min(inside)]["task"]:
             lines.append(f"{suite:<34}{cells(inside)}")
-        for i in inside:
-            s = first[i]
+        for i, s in inside.items():
             lines.append(f"  {s['task']:<18}{s['n']:>6}{100 * s['chance']:>8.1f}{cells([i])}")
             if detailed:
                 lines[-1] += (f"{with_error(s[strict + '_accuracy'], None):>9}{s['unparsed']:>10}"

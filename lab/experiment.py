@@ -38,7 +38,7 @@ from pathlib import Path
 from data import BadInput, Parser, command, positive, progress, whole
 from data.runs import read_run, same_run
 from data.tasks import SUITES, TOY, load as load_examples
-from eval import score, set_threads, split_names
+from eval import items_file, score, set_threads, split_names
 from infosteer import GENERIC, METHODS, Steering, format_layers, meaningful
 from lab.page import visible
 from lab.stats import (alike, compare, comparison_table, find_runs, items_of,
@@ -227,19 +227,17 @@ def check_one_recipe(runs):
 
 
 def scores_of(arm, seed, run, tested, args, folder, where=None):
-    """The scores of a run or a base model in `folder`, as lab.stats.compare takes them."""
+    """The scores of a run or a base model in `folder` on the tasks tested, {name: their examples},
+    as lab.stats.compare takes them."""
     where, items = where or Path(folder, "eval"), args.items
     summaries = score(folder, tested, run.data, where, args.score, device=run.device, limit=items,
                       overwrite=run.overwrite)
-    way = {one["task"]: "-nll" * (args.score == "nll" and not (one["task_json"] or {}).get(
-        "kind") == "text") for one in summaries}
-    files = {task: [where / f"{task}{way[task]}{part}.jsonl" for part in (f"-first{items}", "")]
-             for task in tested}
     return {"model": run.model, "arm": arm, "seed": seed, "folder": str(folder),
             "scores": {one["task"]: one["accuracy"] for one in summaries},
             "nll": {one["task"]: one.get("nll") for one in summaries},
             "scored_by": {one["task"]: one for one in summaries},
-            "files": {task: of[not (items and of[0].exists())] for task, of in files.items()}}
+            "files": {task: items_file(where, task, examples, args.score, items)
+                      for task, examples in tested.items()}}
 
 
 def in_full(run):
@@ -317,9 +315,9 @@ def experiment(parser, args, table, recipe, out):
     set_threads(plain.threads, names)
     suites = ({name: [name] for name in split_names(args.test, plain.data)} if args.test
               else tasks_tested(table, names))
-    tested = list(dict.fromkeys(task for tasks in suites.values() for task in tasks))
-    for task in tested:                # a missing file shows before hours of training, not after
-        load_examples(plain.data, task, "test")
+    # A missing file shows before hours of training, not after.
+    tested = {task: load_examples(plain.data, task, "test")
+              for tasks in suites.values() for task in tasks}
     if table:
         if given := [name for name in STEERING_FLAGS if vars(args)[name] is not None]:
             parser.error(f"{flag(given[0])} means nothing with {table}, whose arms are the paper's")
