@@ -20,13 +20,14 @@ import torch.nn.functional as F
 
 from data import BadInput, Parser, command, not_negative, positive, progress, write_whole
 from data.tasks import TASKS, TOY, load as load_examples
-from eval import (TOY_FOLDER, Watch, load, pick_device, read_run, set_threads, split_names,
-                  steering_from)
+from eval import (TOY_FOLDER, Watch, load, pick_device, pick_dtype, read_run, set_threads,
+                  split_names, steering_from)
 from infosteer import METHODS, Steering, key_entropy
 from lab import machine_flags, page, steerings_of
 from lab.stats import (alike, clustered_mean, grouped_correlation, interval, left_out, recipe_of,
                        runs_from, terciles)
 from lab.words import CLASSES, TITLES, token_classes
+from model import Config
 
 SHOWN, KEPT = 3, 10                    # items in the terminal; items in --json and --html
 POSITIONS = {"generating": "where each token is generated", "fed": "where each token is fed"}
@@ -187,8 +188,9 @@ def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache
     tokens "shown", with the level at `position`. tasks: the name of each item's task, if they have
     any. steered: a run keeps the steering of its forward pass. With `say`, a model behind the first
     that cannot be loaded is left out, with a line. Raises BadInput."""
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"                                      # pictures are small: no rounding
+    dtype = pick_dtype(dtype, torch.device(device), Config.from_pretrained(folders[0]))
     (arms, seeds), models = zip(*map(arm_of, folders)), []
     steerings = steerings_of(folders, device) if steered else [Steering()] * len(folders)
     for folder, arm, seed, steering in zip(folders, arms, seeds, steerings):
@@ -321,7 +323,7 @@ def main(argv=None):
     add("--json", action="store_true", help="print JSON")
     machine_flags(add)
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of the weights (default: bfloat16 on cuda, else float32)")
+        help="of the weights (default: bfloat16 on a GPU that has it, else float32)")
     add("--cache-gb", type=not_negative, default=2.0, metavar="X",
         help="memory for keys and values in decoding (default: 2)")
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -465,7 +465,7 @@ moved: the length of the difference, as a share of the length before
 # ------------------------------------------------------------------------------------ command
 
 
-def main(argv=None):
+def read_settings(argv):
     parser = Parser(prog="python -m lab.memories", description=__doc__, epilog=f"""\
 Decoding every memory and reading the texts takes long, so both are done once and kept in the folder
 --out, as {INDEX} and {TRIGGERS}. What was interrupted goes on.""")
@@ -493,8 +493,11 @@ Decoding every memory and reading the texts takes long, so both are done once an
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the weights (default: as they are stored)")
     add("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv=None):
+    args = read_settings(argv)
     names = split_names(args.task, args.data)
     set_threads(args.threads, names)
     examples = development_examples(names, args.data, args.items)
@@ -511,26 +514,27 @@ Decoding every memory and reading the texts takes long, so both are done once an
                        f"{L}, each with the memories 0 to {d_m - 1}")
 
     how, why = (args.decode, "as asked") if args.decode != "auto" else choose_decoding(model)
-    sha, out = which_model(args.model), Path(args.out or Path(args.model, "eval"))
-    with alone_in(out) if not args.moved else nullcontext():
-        if not args.index and not args.moved:
-            index = memory_index(model, sha, out / INDEX.format(how), args.overwrite, how)
-        if token is None and not args.moved:
-            triggers = memory_triggers(model, sha, texts, out / TRIGGERS, args.overwrite)
-            read = triggers, texts, examples
     if args.moved:
         base, _ = load(args.moved, model.embed.weight.dtype, model.embed.weight.device)
         if (base.config.d_m, base.config.n_layers, base.config.d) != (d_m, L, model.config.d):
             raise BadInput(f"--moved {args.moved}: has other memories than {args.model}, which "
                            f"has {L} layers of {d_m}")
         found, text = moved(model, tokenizer, base, args.clearest, how), moved_text
-    elif token is not None:
-        found, text = token_search(model, tokenizer, token, index, how), token_search_text
-    elif args.index:
-        found = one_memory(model, tokenizer, int(layer) - 1, int(memory), how, *read)
-        text = one_memory_text
     else:
-        found, text = survey(tokenizer, V, index, args.clearest, *read), survey_text
+        sha, out = which_model(args.model), Path(args.out or Path(args.model, "eval"))
+        with alone_in(out):
+            if not args.index:
+                index = memory_index(model, sha, out / INDEX.format(how), args.overwrite, how)
+            if token is None:
+                triggers = memory_triggers(model, sha, texts, out / TRIGGERS, args.overwrite)
+                read = triggers, texts, examples
+        if token is not None:
+            found, text = token_search(model, tokenizer, token, index, how), token_search_text
+        elif args.index:
+            found = one_memory(model, tokenizer, int(layer) - 1, int(memory), how, *read)
+            text = one_memory_text
+        else:
+            found, text = survey(tokenizer, V, index, args.clearest, *read), survey_text
     result = {"model": args.model, "layers": L, "memories": d_m, "vocabulary": V, "decode": how,
               "why": why, "tasks": names, "texts": len(texts),
               "contexts": sum(map(len, new_contexts(texts))), **found}
