@@ -157,18 +157,18 @@ def with_per_memory(steering, path, device="cpu"):
 
 def pairs_of(tokenizer, example, how):
     """What the model is asked about an item, as (prompt, continuation) in ids: a pair for each
-    choice that is ranked, and in a list that of the right response, if the file has one."""
+    choice that is ranked; in a list that of the right response, if the file has one; the prompt."""
     encode, task = partial(tokenizer.encode, special=False), example.task
     if how == "text":
         pairs = [(encode(asks), encode(text, bos=False)) for asks, text in option_texts(example)]
-        return pairs, [pairs[example.choices.index(example.answer)]]
+        return pairs, [pairs[example.choices.index(example.answer)]], None
     prompt, right = encode(example.prompt), encode(example.response, bos=False)
     pairs = [(prompt, encode(make_response(task, choice, ""), bos=False))
              for choice in example.choices if how == "choice"]
     right += [tokenizer.eos_id] * (task.kind not in ("cloze", "text"))
     verdict = task.kind == "text" or judge(example, example.response)[
         "strict_correct" if example.choices else "correct"]
-    return pairs, [(prompt, right)] * verdict
+    return pairs, [(prompt, right)] * verdict, prompt
 
 
 def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_bytes, bar):
@@ -182,12 +182,12 @@ def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_byte
     option; that has no end, nor has a cloze. None without a response that ends in the answer.
     """
     asked = [pairs_of(tokenizer, example, how) for example in examples]
-    flat = [pair for pairs, right in asked for pair in pairs + right]
+    flat = [pair for pairs, right, _ in asked for pair in pairs + right]
     room = min(8192, 2**28 // model.config.vocab_size + 1)     # tokens at a time: 1 GiB of logits
     scores = iter(model.log_likelihood(*zip(*flat), steering=steering, batch_tokens=room)
                   if flat else ())
     said = []
-    for example, (pairs, right) in zip(examples, asked):
+    for example, (pairs, right, _) in zip(examples, asked):
         likely = [next(scores) for _ in pairs]                 # of nothing, where it decodes
         said.append({"nll": -next(scores) / len(right[0][1]) if right else None})
         if how == "nll":
@@ -201,11 +201,11 @@ def answer(model, tokenizer, examples, how, max_new_tokens, steering, cache_byte
     if how != "generate":
         bar.update(len(examples))
         return said
-    prompts = [tokenizer.encode(example.prompt, special=False) for example in examples]
-    outputs = model.generate(prompts, max_new_tokens, steering, cache_bytes, done=bar.update)
-    texts = {*range(tokenizer.max_id + 1)} - {*model.config.eos_ids}   # above: padding rows' ids
+    outputs = model.generate([prompt for *_, prompt in asked], max_new_tokens, steering,
+                             cache_bytes, done=bar.update)
+    stop, last = {*model.config.eos_ids}, tokenizer.max_id     # above it: padding of the embedding
     for one, ids in zip(said, outputs):
-        one["response"] = tokenizer.decode([i for i in ids if i in texts])
+        one["response"] = tokenizer.decode([i for i in ids if i not in stop and i <= last])
     return said
 
 

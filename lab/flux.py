@@ -189,7 +189,7 @@ def flux_of(folders, items, max_new_tokens=32, device="cpu", dtype="auto", cache
     any. steered: a run keeps the steering of its forward pass. With `say`, a model behind the first
     that cannot be loaded is left out, with a line. Raises BadInput."""
     if dtype == "auto" and torch.device(device).type == "cpu":
-        dtype = "float32"                                      # pictures are small: no rounding
+        dtype = "float32"                                      # to look, there is time to be exact
     dtype = pick_dtype(dtype, torch.device(device), Config.from_pretrained(folders[0]))
     (arms, seeds), models = zip(*map(arm_of, folders)), []
     steerings = steerings_of(folders, device) if steered else [Steering()] * len(folders)

@@ -538,11 +538,11 @@ def main(argv=None):
     result = {"model": args.model, "layers": L, "memories": d_m, "vocabulary": V, "decode": how,
               "why": why, "tasks": names, "texts": len(texts),
               "contexts": sum(map(len, new_contexts(texts))), **found}
-    read = f"{result['contexts']:,} contexts in {len(texts):,} texts of {', '.join(names)}"
+    found_in = f"{result['contexts']:,} contexts in {len(texts):,} texts of {', '.join(names)}"
     print(json.dumps(result, indent=2) if args.json else f"""\
 {args.model}: {L} layers of {d_m:,} memories
 --decode {how}, {why}
-{f"moved from {args.moved}" if args.moved else read}
+{f"moved from {args.moved}" if args.moved else found_in}
 x830: 830 times as probable as if all {V:,} tokens were equally probable
 
 {text(result)}""")
