@@ -36,6 +36,7 @@ from infosteer import (DIVERGENCES, GENERIC, METHODS, NORMALISATIONS, RANKINGS, 
                        entropy, meaningful)
 from model import Config, merge, save_tensors
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 MICRO_TOKENS = {"fp32": 1024, "bf16": 4096}    # as caches hold; as keep a GPU busy, cast rarely
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}           # of --precision
 DEVELOPMENT = 256                      # training rows that show how memories are used
@@ -368,9 +369,8 @@ def run(args, world, data, out, work):
     settings["steps_total"] = total
     if before:
         same_run(settings, before, work)
-    log = open(os.devnull, "a")
-    if world.writes:
-        log = begin(work, settings, tokenizer, args.overwrite)
+    log = (begin(work, settings, tokenizer, args.overwrite) if world.writes
+           else open(os.devnull, "a"))
     world.wait()
 
     # ---- steering
@@ -425,9 +425,8 @@ def run(args, world, data, out, work):
     model.train()
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, cache_enabled=False,
                     enabled=bf16)
-    # 0.8 of the time on ARC-Easy, where a third of all places is padding or said before. A GPU
-    # would add up in another order each time, and in fp32 the numbers stay what they always were.
-    # What is random is drawn for each row.
+    # 0.8 of the time on ARC-Easy, where a third is padding or said before. A GPU would add up in
+    # another order each time, fp32's numbers stay as they were, and what is random is each row's.
     shared = bf16 and device.type == "cpu" and not steering.drawn
 
     def held_out_nll():                # per token of the responses; unsteered, without rivals
@@ -438,11 +437,15 @@ def run(args, world, data, out, work):
 
     bar = progress(total=total, initial=start, desc="training", unit="step")
     steps = itertools.islice(order_of(len(rows), args.batch, args.seed), start, total)
+    trimmed = time.perf_counter()
     with bar, log:
         if held and not start:
             log.write(json.dumps({"step": 0, "held_out_nll": held_out_nll()}) + "\n")
         for step, chosen in enumerate(steps, start):
             began = time.perf_counter()
+            if began - trimmed > 60 and hasattr(LIBC, "malloc_trim"):
+                LIBC.malloc_trim(0)    # the holes that blocks of other sizes leave would add up
+                trimmed = began
             n_tokens = sum(lengths[row] for row in chosen)
             n_supervised = sum(len(rows[row][0]) - rows[row][1] for row in chosen)
             batches = world.share(micro_batches(chosen, lengths, args.micro_tokens, not shared))
@@ -533,9 +536,9 @@ def look_before(model, rows, seed):
 def keep_memory():
     """Tell glibc, where it is, to keep freed memory, which each step takes again: 0.95 of its time
     (0.85 where a new page is dear)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: and the heap does not shrink
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(-4, 0)            # M_MMAP_MAX: large blocks come from the heap too
+        LIBC.mallopt(-1, -1)           # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def finished(args):

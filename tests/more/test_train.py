@@ -1,9 +1,11 @@
 """After this file you know that a run is what its settings say: reproducible, resumable, whole."""
+import itertools
 import json
 import math
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,6 +250,19 @@ def test_freed_memory_is_kept_for_the_next_step():
                                       capture_output=True, check=True).stdout)
                    for word in ("free", "keep"))
     assert kept * 10 < freed or kept == freed < 1000           # huge pages, or no glibc
+
+
+def test_a_long_run_gives_freed_memory_back_once_a_minute(place, monkeypatch):
+    class Libc:
+        given = []
+        malloc_trim = given.append
+    monkeypatch.setattr(train, "LIBC", Libc)
+    run(place, "short")
+    assert Libc.given == []                                    # six steps of no minute
+    clock = itertools.count(step=25)                           # a step looks at the clock twice
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run(place, "long")
+    assert Libc.given == [0] * (STEPS // 2)
 
 
 def test_a_run_cut_before_its_first_state_starts_again(place):
